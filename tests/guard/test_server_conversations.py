@@ -14,6 +14,7 @@ from server_tools import UNSAFE, Fed, Words, running, service
 from test_generate import SHAPES
 from test_generate import UNSAFE as MARK
 
+from safety_neurons.guard import GuardedModel
 from safety_neurons.guard.features import readings
 from safety_neurons.guard.server import Limits, Settings, serve_guard
 from safety_neurons.guard.server.shapes import is_identifier
@@ -463,3 +464,30 @@ def test_options_say_what_a_route_takes(local, path, allowed):
     other = WEB.put(f"{local}{path}", json={})
     assert (other.status_code, other.headers["allow"]) == (405, allowed)
     assert WEB.options(f"{local}/nowhere").status_code == 404
+
+
+@pytest.mark.parametrize("pooling", ["last", "agree", "mean"])
+def test_a_server_decides_as_a_guarded_model_does(pooling: str) -> None:
+    """Behind a begun answer too, the end of which guards that read ends do not count."""
+    model = tiny_model()
+    guard = tiny_guard(model, pooling)
+    asked, begun = texts(24, 7), texts(24, 8)
+    wrapped = [
+        [{"role": "user", "content": text}, {"role": "assistant", "content": start}]
+        for text, start in zip(asked, begun, strict=True)
+    ]
+    (middle,) = np.quantile([verdict.p_unsafe for verdict in guard.score_batch(wrapped)], [0.5])
+    guard = guard.with_threshold(float(middle))
+    expected = GuardedModel(model, guard).generate(wrapped, max_new_tokens=3)
+    ends, whole = set[bool](), guard.score_encoded([guard.encode(turns) for turns in wrapped])
+    with running(serve_guard(guard, Settings("tiny"))) as address:
+        for turns, answer, end in zip(wrapped, expected, whole, strict=True):
+            asked = {"model": "tiny", "messages": turns, "max_tokens": 3}
+            said = WEB.post(f"{address}{CHAT}", json=asked).json()["choices"][0]
+            assert (said["finish_reason"] == "content_filter") == answer.stopped
+            assert said["message"]["content"] == answer.text
+            (judged,) = WEB.post(f"{address}/v1/moderations", json={"input": turns}).json()["results"]
+            assert judged["category_scores"]["unsafe"] == pytest.approx(answer.verdict.p_unsafe, abs=1e-5)
+            ends |= {end.flagged and not answer.stopped}
+    assert {answer.stopped for answer in expected} == {False, True}
+    assert (True in ends) == (pooling != "mean")  # else nothing was left out

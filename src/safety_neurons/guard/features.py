@@ -17,6 +17,7 @@ from torch import Tensor
 
 from safety_neurons.errors import InputError, NeuronError, UsageError
 from safety_neurons.guard.calibration import LATER
+from safety_neurons.guard.verdict import ASKED, WHOLE
 from safety_neurons.model import BatchSize, Encoded, LanguageModel, Progress
 from safety_neurons.model.batches import Batch
 from safety_neurons.model.hooks import Reading
@@ -28,7 +29,6 @@ from safety_neurons.prompt_lists import Message, Prompt, as_prompts
 from safety_neurons.prompt_lists.readers import Source
 
 Request = Source
-WHOLE, ASKED = "conversation", "conversation without the last answer"
 MOST_TURNS = 1024
 """Turns of a conversation that are read; each costs a reading."""
 

@@ -40,8 +40,6 @@ from safety_neurons.guard.calibration import (
     rates_at,
 )
 from safety_neurons.guard.features import (
-    ASKED,
-    WHOLE,
     Collector,
     Pooling,
     Request,
@@ -51,7 +49,7 @@ from safety_neurons.guard.features import (
     last_layer,
     readings,
 )
-from safety_neurons.guard.verdict import LONGEST_WORDS, Status, TopNeuron, Verdict, largest
+from safety_neurons.guard.verdict import LONGEST_WORDS, Status, TopNeuron, Verdict, counting, largest
 from safety_neurons.model import Batch, BatchSize, Encoded, LanguageModel
 from safety_neurons.model.identity import plain_name, template_sha256, tokenizer_sha256, weights_sha256
 from safety_neurons.neurons import NeuronSet, Provenance
@@ -450,17 +448,9 @@ class Guard:
             )
         ]
 
-    def counting(self, verdicts: Sequence[Verdict]) -> Sequence[Verdict]:
-        """Those of the verdicts on a request's readings that decide.
-
-        A guard that reads the end of a prompt was fit where an answer is to begin. The end of an answer that
-        was begun for the model is no such place: what is read there hardly tells requests apart, and drowns
-        the reading of the same conversation without that answer, which counts in its place.
-        """
-        begun = self.reads_ends and any(verdict.reading == ASKED for verdict in verdicts)
-        return [
-            verdict for verdict in verdicts if not begun or verdict.reading != WHOLE or verdict.status != "ok"
-        ]
+    def counting(self, verdicts: Sequence[Verdict], *, begun: bool | None = None) -> Sequence[Verdict]:
+        """Those of the verdicts on a request's readings that decide; see `verdict.counting`."""
+        return counting(verdicts, reads_ends=self.reads_ends, begun=begun)
 
     @property
     def reads_ends(self) -> bool:

@@ -9,6 +9,8 @@ from safety_neurons.errors import SafetyNeuronsError
 from safety_neurons.results import html_table
 
 LONGEST_WORDS = 200
+WHOLE, ASKED = "conversation", "conversation without the last answer"
+"""Names of the readings of a request that `counting` tells apart."""
 
 
 Status = Literal["ok", "truncated", "error"]
@@ -69,7 +71,7 @@ class Verdict:
     """Tokens that were read, template included."""
     error: str | None = None
     """What went wrong, in one line."""
-    reading: str = "conversation"
+    reading: str = WHOLE
     """Which reading of the request this is about: the whole conversation, the one without the last answer, or
     one turn by itself.
     """
@@ -110,8 +112,33 @@ class Comparable(Protocol):
     def p_unsafe(self) -> float | None:
         """Calibrated probability of an unsafe answer."""
 
+    @property
+    def reading(self) -> str:
+        """Which reading of the request it is about."""
+
 
 Found = TypeVar("Found", bound=Comparable)
+
+
+def counting(verdicts: Sequence[Found], *, reads_ends: bool, begun: bool | None = None) -> Sequence[Found]:
+    """Those of the verdicts on a request's readings that decide.
+
+    A guard that reads the end of a prompt was fit where an answer is to begin. The end of an answer that
+    was begun for the model is no such place: what is read there hardly tells requests apart, and drowns
+    the reading of the same conversation without that answer, which counts in its place.
+
+    Args:
+        verdicts: on readings of one request.
+        reads_ends: whether the guard reads the last tokens of a prompt only.
+        begun: whether the request is also read without the answer it ends in; None where that is to be seen
+            among the verdicts.
+    """
+    if begun is None:
+        begun = any(verdict.reading == ASKED for verdict in verdicts)
+    left_out = reads_ends and begun
+    return [
+        verdict for verdict in verdicts if not left_out or verdict.reading != WHOLE or verdict.status != "ok"
+    ]
 
 
 def largest(verdicts: Sequence[Found]) -> Found:

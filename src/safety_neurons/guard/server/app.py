@@ -64,6 +64,7 @@ from safety_neurons.guard.server.shapes import (
     validated,
 )
 from safety_neurons.guard.server.upstream import Upstream
+from safety_neurons.guard.verdict import ASKED
 from safety_neurons.guard.watching import Rules
 from safety_neurons.model.batches import token_budget
 from safety_neurons.prompt_lists import Prompt
@@ -207,6 +208,7 @@ class Chat:
         events: asyncio.Queue[Any] = asyncio.Queue()
         started = time.perf_counter()
         before = await self.gate.look(ways[1:])
+        decode = dataclasses.replace(decode, begun=any(way.name == ASKED for way in ways))
         if any(outcome.held for outcome in before):
             self.gate.took(time.perf_counter() - started, CHAT, noted)
             return self._held(request, self.gate.settled([before], CHAT, noted)[0])
@@ -573,7 +575,9 @@ class Service:
             observe=self._observe,
         )
         metrics.waiting.set_function(lambda: self.engine.waiting)
-        self.gate = VerdictGate(self.engine, settings, metrics)
+        self.gate = VerdictGate(
+            self.engine, settings, metrics, reads_ends=getattr(judge, "reads_ends", False)
+        )
         self.upstream = None if settings.upstream is None else Upstream(settings, metrics, transport)
         self.chat = Chat(settings, self.gate, self.upstream, log)
         self.verdicts = Verdicts(settings, self.gate, reads_answers=getattr(judge, "reads_answers", False))

@@ -12,6 +12,7 @@ taken, and `failed` says why.
 """
 
 import asyncio
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -24,10 +25,10 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 from safety_neurons.errors import InputError
-from safety_neurons.guard.features import WHOLE, RequestReading
+from safety_neurons.guard.features import RequestReading
 from safety_neurons.guard.server.door import Metrics, Settings
 from safety_neurons.guard.server.shapes import Problem, busy, closing, too_long, too_many_characters
-from safety_neurons.guard.verdict import largest
+from safety_neurons.guard.verdict import WHOLE, counting, largest
 
 _SMOOTHING = 0.2
 _CHARACTERS_A_TURN = 1 << 16
@@ -495,6 +496,7 @@ class Outcome:
             open.
         held: Whether the caller has to hold it back: flagged, and not in shadow mode.
         distance: How far the prompt is from those of the fit; None where that is not known.
+        reading: Which reading of the request it is about.
     """
 
     status: str
@@ -503,6 +505,7 @@ class Outcome:
     flagged: bool
     held: bool
     distance: float | None = None
+    reading: str = WHOLE
 
     @property
     def record(self) -> dict[str, Any]:
@@ -522,10 +525,14 @@ class VerdictGate:
         engine: Judges.
         settings: What to do where it cannot.
         metrics: Told everything.
+        reads_ends: Whether the guard reads the last tokens of a prompt only.
     """
 
-    def __init__(self, engine: Engine, settings: Settings, metrics: Metrics) -> None:
+    def __init__(
+        self, engine: Engine, settings: Settings, metrics: Metrics, *, reads_ends: bool = False
+    ) -> None:
         self.engine, self.settings, self.metrics = engine, settings, metrics
+        self.reads_ends = reads_ends
         self._known: OrderedDict[bytes, Outcome] = OrderedDict()
 
     async def judge(
@@ -596,7 +603,9 @@ class VerdictGate:
         while len(self._known) > _REMEMBERED:
             self._known.popitem(last=False)
         late = outcome_of(None, self.settings)
-        return [found.get(place, late) for place in range(len(ways))]
+        return [
+            dataclasses.replace(found.get(place, late), reading=way.name) for place, way in enumerate(ways)
+        ]
 
     def took(self, seconds: float, route: str, noted: dict[str, Any]) -> None:
         """Notes how long verdicts took, the wait included."""
@@ -604,8 +613,8 @@ class VerdictGate:
         self.metrics.guard_seconds.labels(route).observe(seconds)
 
     def settled(self, found: Sequence[Sequence[Outcome]], route: str, noted: dict[str, Any]) -> list[Outcome]:
-        """One outcome for each request, from those of its readings, counted once."""
-        outcomes = [largest(outcomes) for outcomes in found]
+        """One outcome for each request, from those of its readings that decide, counted once."""
+        outcomes = [largest(counting(outcomes, reads_ends=self.reads_ends)) for outcomes in found]
         for outcome in outcomes:
             self.metrics.seen(outcome.p_unsafe, outcome.distance)
             if outcome.status != "ok":

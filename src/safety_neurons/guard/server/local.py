@@ -41,6 +41,7 @@ class Decode:
         top_p: Of sampling.
         seed: Of sampling; None for one that nobody knows.
         stop: Texts that end the answer; they are not part of it.
+        begun: Whether the prompt ends in an answer that was begun, and has been judged without it too.
     """
 
     new_tokens: int
@@ -48,6 +49,7 @@ class Decode:
     top_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    begun: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class LocalAnswer:
     def __init__(self, job: Answering, ids: list[int], limit: int, lm: LanguageModel) -> None:
         decode: Decode = job.settings
         self.job, self.n_prompt, self.limit = job, len(ids), min(limit, decode.new_tokens)
-        self.ids = ids
+        self.ids, self.begun = ids, decode.begun
         self.n_new = 0
         self.text = Detokenizer(lm.decode, decode.stop)
         self.held: list[str] | None = None
@@ -214,6 +216,7 @@ class LocalWriter:
                 going = [
                     self._admitted(row, verdict) for row, verdict in zip(rows, watch.verdicts, strict=True)
                 ]
+                watch.stopped[:] = False  # whoever goes on is admitted, whatever this one reading said
             elif every:
                 going = [
                     not stop or row.end("content_filter")
@@ -253,7 +256,8 @@ class LocalWriter:
 
     def _admitted(self, row: LocalAnswer, verdict: Verdict) -> bool:
         """Hands the verdict on; True where the answer may begin."""
-        held = self.holds(verdict)
+        decides = self.guard.counting([verdict], begun=row.begun)
+        held = any(self.holds(one) for one in decides)
         if row.limit < 1 and not held:
             row.job.tell(too_long(row.n_prompt, row.n_prompt - 1))
             return False
@@ -272,6 +276,11 @@ class Bound:
 
     def __init__(self, guard: Guard, most: int | None = None) -> None:
         self.guard, self._most = guard, most
+
+    @property
+    def reads_ends(self) -> bool:
+        """Whether it reads the last tokens of a prompt only."""
+        return self.guard.reads_ends
 
     @property
     def reads_answers(self) -> bool:
