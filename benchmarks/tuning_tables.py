@@ -120,12 +120,21 @@ def share(spread: dict[str, Any] | None, worst: str = "highest") -> str:
     return points(None if spread is None else again(spread).to_json(), worst)
 
 
+UNITS = {
+    "prune": " of the set",
+    "prune random": " of the set",
+    "abliteration": " directions",
+    "abliteration, norms kept": " directions",
+    "subtraction": " of the change left",
+}
+
+
 def stress_table(result: dict[str, Any]) -> list[str]:
     """Attacks as rows."""
     lines = ["| attack | how much | untuned | after SN-Tune | difference |", "|---|---|---|---|---|"]
     held = holm([again(point["difference"], signed=True) for point in result["curves"]])
     for point, found in zip(result["curves"], held, strict=True):
-        amount = f"{point['amount']:g}" + (" of the set" if "prune" in point["attack"] else " steps")
+        amount = f"{point['amount']:g}{UNITS.get(point['attack'], ' steps')}"
         difference = found.to_json()
         shown = [
             share(point["before"]),

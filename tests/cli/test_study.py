@@ -83,7 +83,7 @@ def test_rsn_is_one_command_and_a_finished_one_stays(words, tiny_pair, tmp_path)
     assert shown.out.startswith("Not achieved by SN-Tune")
 
 
-def test_stress_is_one_command(words, tmp_path):
+def test_stress_is_one_command(words, tiny_pair, tmp_path):
     line = [
         "study",
         "stress",
@@ -94,13 +94,19 @@ def test_stress_is_one_command(words, tmp_path):
         "1",
         "--benign-steps",
         "1",
+        "--scales",
+        "0",
+        "--text",
+        tiny_pair.text,
         "--out",
         tmp_path / "run",
     ]
     done = command(*line, "--attack", words[words.index("--mixed") + 1], "--json")
     assert done.code == 0, done
-    assert len(done.json["curves"]) == 3 + 3 + 2 + 2
-    assert "harmful LoRA" in command(*line, "--attack", words[words.index("--mixed") + 1]).out
+    assert len(done.json["curves"]) == 3 + 3 + 3 + 3 + 2 + 2 + 2
+    shown = command(*line, "--attack", words[words.index("--mixed") + 1]).out
+    assert "harmful LoRA" in shown
+    assert "abliteration, norms kept" in shown
 
 
 @pytest.mark.parametrize(
@@ -116,6 +122,20 @@ def test_stress_is_one_command(words, tmp_path):
 )
 def test_what_no_model_can_make_right_is_said_at_once(more, said):
     done = command("study", "rsn", "--model", "nowhere", *more)
+    assert done.code == 2
+    assert said in done.err
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("--attacks=bomb", "prune, abliterate"),
+        ("--directions=0.5", "whole numbers above 0"),
+        ("--scales=2", "from 0 to 1"),
+    ],
+)
+def test_attacks_that_are_none_are_said_at_once(flag, said):
+    done = command("study", "stress", "--model", "nowhere", flag)
     assert done.code == 2
     assert said in done.err
 

@@ -8,8 +8,8 @@ from safety_neurons.errors import InputError
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.prompt_lists import Prompt, Prompts
 from safety_neurons.report import write_report
-from safety_neurons.studies.lasting import ARMS, Attack, Plan, Sets, summary
-from safety_neurons.studies.lasting import _stress_summary as stress_summary
+from safety_neurons.studies.attacks import Attack, stress_summary
+from safety_neurons.studies.lasting import ARMS, Plan, Sets, summary
 
 SEEDS = (0, 1, 2)
 
@@ -30,6 +30,12 @@ def plan():
 
 def drawn(share, seed, n=40):
     return [bool(value) for value in np.random.default_rng(seed).random(n) < share]
+
+
+def attacked(share, seed):
+    verdicts = drawn(share, seed)
+    others = {"refused": [not one for one in verdicts], "harmed": verdicts, "perplexity": 3.5}
+    return {"harmful": verdicts, "harmless": [], "task": [], **others}
 
 
 @pytest.fixture
@@ -63,16 +69,24 @@ def test_attacks_are_a_table(tmp_path, sets, plan):
     curves = {
         "prune": [0, 0.5],
         "prune random": [0, 0.5],
+        "abliteration": [0, 4],
+        "abliteration, norms kept": [0, 4],
+        "subtraction": [1, 0.5],
         "harmful LoRA": [0, 10],
         "benign fine-tuning": [0, 100],
     }
     done = {
         f"{state}/{seed}": {
             "curves": {
-                name: [[amount, drawn(share + amount / 500, seed)] for amount in amounts]
+                name: [[amount, attacked(share + amount / 500, seed)] for amount in amounts]
                 for name, amounts in curves.items()
             },
             "task": [],
+            "abliteration": {
+                "layer": 1,
+                "divergence": 0.01,
+                "along": [{"attack": "abliteration", "directions": 4, "before": 0.3, "after": 0.0}],
+            },
         }
         for state, share in (("untuned", 0.7), ("SN-Tune", 0.1))
         for seed in SEEDS
@@ -83,6 +97,9 @@ def test_attacks_are_a_table(tmp_path, sets, plan):
     page = write_report([folder], tmp_path / "report.html").read_text(encoding="utf-8")
     assert "harmful LoRA" in page
     assert "benign fine-tuning" in page
+    assert "abliteration, norms kept" in page
+    assert "tuned harms" in page
+    assert "Directions that abliteration took out" in page
 
 
 def test_a_damaged_record_is_named(tmp_path):

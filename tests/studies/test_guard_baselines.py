@@ -11,6 +11,7 @@ from sklearn import metrics
 
 from safety_neurons.guard import Pooling, read_features
 from safety_neurons.guard.features import Collector
+from safety_neurons.model.passes import read_residual
 from safety_neurons.prompt_lists import Prompts
 from safety_neurons.studies.guard_baselines import (
     DirectionProjection,
@@ -19,7 +20,6 @@ from safety_neurons.studies.guard_baselines import (
     SparseLayers,
     Words,
     read_cases,
-    read_residual,
     sentence_vectors,
 )
 

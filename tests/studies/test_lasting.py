@@ -148,19 +148,40 @@ def test_the_same_seed_trains_the_same(model):
     assert runs[0] == runs[1] != runs[2]
 
 
-def test_stress_attacks_both_states_in_three_ways(model, sets, lab, tmp_path):
-    attack = Attack((0.5, 1.0), ANSWERS, (1, 2), (1, 2), 1e-2, 2)
+def test_stress_attacks_both_states_in_every_way(model, sets, lab, tmp_path):
+    attack = Attack((0.5, 1.0), ANSWERS, (1, 2), (1, 2), 1e-2, 2, directions=(1, 2), scales=(0, 0.5))
+    before = base_hash(model, NeuronSet.all(model.table))
     found = stress(model, sets, plan(), attack, lab, cache=Cache(tmp_path.joinpath))
     amounts = {}
     for point in found["curves"]:
         amounts.setdefault(point["attack"], []).append(point["amount"])
+        for side in ("before", "after"):
+            scored = point["refused"][side]["n"] + point["refused"][side]["unscored"]
+            assert scored == point["harmed"][side]["n"] + point["harmed"][side]["unscored"] == 4
+            assert point["perplexity"][side]["value"] > 1
     assert amounts == {
         "prune": [0, 0.5, 1.0],
         "prune random": [0, 0.5, 1.0],
+        "abliteration": [0, 1, 2],
+        "abliteration, norms kept": [0, 1, 2],
+        "subtraction": [1, 0, 0.5],
         "harmful LoRA": [0, 1, 2],
         "benign fine-tuning": [0, 1, 2],
     }
+    assert [one["state"] for one in found["directions"]] == ["untuned", "SN-Tune"]
+    assert all(each["after"] < 0.7 * each["before"] for one in found["directions"] for each in one["along"])
+    taken = {point["amount"]: point for point in found["curves"] if point["attack"] == "subtraction"}
+    assert taken[0]["perplexity"]["after"] == taken[0]["perplexity"]["before"]
+    assert taken[1]["perplexity"]["after"] != taken[1]["perplexity"]["before"]
+    assert base_hash(model, NeuronSet.all(model.table)) == before
     json.dumps(found, allow_nan=False)
+
+
+def test_what_is_not_attacked_is_not_in_the_curves(model, sets, lab):
+    found = stress(model, sets, plan(), Attack(kinds=("subtract",), scales=(0.5,)), lab)
+    assert [point["attack"] for point in found["curves"]] == ["subtraction"] * 2
+    with pytest.raises(UsageError, match="abliterate"):
+        Attack(kinds=("bomb",))
 
 
 def test_without_harmful_answers_the_model_must_write_some(model, sets, lab):

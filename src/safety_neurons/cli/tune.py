@@ -11,11 +11,11 @@ from typing import Annotated, Any, ClassVar
 from safety_neurons.cli import console
 from safety_neurons.cli.session import (
     EvaluationPrompts,
+    JudgedBy,
     ModelName,
     NeuronFile,
     OneModel,
     OtherText,
-    Requested,
     Session,
     listed,
     resolve,
@@ -503,6 +503,9 @@ class AttackOptions(Declaration):
 
     PANEL: ClassVar[str | None] = "Attacks"
 
+    attacks: str | None = None
+    """Comma-separated: prune,abliterate,subtract,harmful,benign. [default: all]"""
+
     attack: TaskFile | None = None
     """Harmful requests with answers that go along. [default: the model's own]"""
     pruned: str = "0.05,0.1,0.25,0.5,1"
@@ -511,34 +514,58 @@ class AttackOptions(Declaration):
     """LoRA steps on harmful answers."""
     benign_steps: str = "10,30,100"
     """Steps on the task."""
+    directions: str = "1,4"
+    """Directions that abliteration takes out."""
+    scales: str = "0,0.25,0.5,0.75"
+    """Factors of the tuned change that are left."""
 
-    def amounts(self, name: str) -> list[float]:
-        """One of the comma-separated options as numbers, in order."""
-        text, expected = (
-            getattr(self, name),
-            "shares above 0 and at most 1" if name == "pruned" else "whole numbers of steps",
-        )
-        try:
-            numbers = sorted({float(part) for part in text.split(",")})
-        except ValueError:
-            numbers = [0.0]
-        if (
-            numbers[0] <= 0
-            or (name == "pruned" and numbers[-1] > 1)
-            or (name != "pruned" and any(value % 1 for value in numbers))
-        ):
-            raise UsageError(f"--{name.replace('_', '-')} {text!r}: expected comma-separated {expected}")
-        return numbers
-
-    def counts(self, name: str) -> list[int]:
-        """The same of an option that counts steps."""
-        return [int(number) for number in self.amounts(name)]
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Which attacks; by default all."""
+        return tuple(name.lower() for name in listed(self.attacks) or KINDS)
 
     def check(self) -> None:
-        """Also the numbers."""
+        """Also the names and numbers."""
         super().check()
-        for name in ("pruned", "harmful_steps", "benign_steps"):
-            self.amounts(name)
+        unknown = [name for name in self.kinds if name not in KINDS]
+        if unknown:
+            raise UsageError(f"--attacks: unknown {unknown[0]!r}; expected some of {', '.join(KINDS)}")
+        for name in ("pruned", "scales"):
+            shares(self, name)
+        for name in ("harmful_steps", "benign_steps", "directions"):
+            counts(self, name)
+
+
+KINDS = ("prune", "abliterate", "subtract", "harmful", "benign")
+
+
+def numbers_of(options: Declaration, name: str, fits: Callable[[float], bool], expected: str) -> list[float]:
+    """A comma-separated option as numbers, in order.
+
+    Raises:
+        UsageError: one that does not fit, or none.
+    """
+    text = getattr(options, name)
+    try:
+        numbers = sorted({float(part) for part in text.split(",")})
+    except ValueError:
+        numbers = []
+    if not numbers or not all(map(fits, numbers)):
+        raise UsageError(f"--{name.replace('_', '-')} {text!r}: expected comma-separated {expected}")
+    return numbers
+
+
+def shares(options: Declaration, name: str) -> list[float]:
+    """Shares: above 0, and 0 too where it is a scale."""
+    if name == "scales":
+        return numbers_of(options, name, lambda value: 0 <= value <= 1, "factors from 0 to 1")
+    return numbers_of(options, name, lambda value: 0 < value <= 1, "shares above 0 and at most 1")
+
+
+def counts(options: Declaration, name: str) -> list[int]:
+    """Whole numbers above 0."""
+    found = numbers_of(options, name, lambda value: value > 0 and value % 1 == 0, "whole numbers above 0")
+    return [int(number) for number in found]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -567,6 +594,7 @@ class Lengths(Declaration):
 class RsnStudy(
     Lengths,
     EvaluationPrompts,
+    JudgedBy,
     Repeated,
     WhichArms,
     TaskSteps,
@@ -581,7 +609,16 @@ class RsnStudy(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StressStudy(
-    Lengths, Requested, Repeated, AttackOptions, TaskSteps, Downstream, Tunings, WhichNeurons, OneModel
+    Lengths,
+    EvaluationPrompts,
+    JudgedBy,
+    Repeated,
+    AttackOptions,
+    TaskSteps,
+    Downstream,
+    Tunings,
+    WhichNeurons,
+    OneModel,
 ):
     """Everything that decides the second study."""
 
@@ -607,8 +644,8 @@ def rsn(session: Session, study: RsnStudy) -> dict[str, Any]:
 
 @verb("study stress")
 def stress(session: Session, study: StressStudy) -> dict[str, Any]:
-    """How easily is safety cut out, before and after SN-Tune? Pruning, harmful LoRA tuning, benign
-    fine-tuning.
+    """How easily is safety cut out, before and after SN-Tune? Pruning, abliteration, subtraction of the
+    change, harmful LoRA tuning, benign fine-tuning.
     """
 
     def work() -> dict[str, Any]:
@@ -618,13 +655,16 @@ def stress(session: Session, study: StressStudy) -> dict[str, Any]:
         model = session.model(study.model)
         plan, lab, sets = parts(session, study, model, arms=("none", "SN-Tune"), steps=1)
         attack = studies.Attack(
-            study.amounts("pruned"),
+            shares(study, "pruned"),
             session.read("attack", model),
-            study.counts("harmful_steps"),
-            study.counts("benign_steps"),
+            counts(study, "harmful_steps"),
+            counts(study, "benign_steps"),
             study.task_rate,
             study.task_batch,
             study.downstream,  # type: ignore[arg-type]
+            counts(study, "directions"),
+            shares(study, "scales"),
+            study.kinds,
         )
         with session.status("study stress") as tell:
             result = studies.stress(
@@ -662,9 +702,10 @@ def parts(
     lab = studies.Lab(
         harmful,
         harmless,
-        session.read("text", model, study.limit) if isinstance(study, EvaluationPrompts) else None,
+        session.read("text", model, study.limit),
         task,
         judge=judge,
+        harm_judge=session.judge(study.harm_judge),
         max_new_tokens=study.max_new_tokens,
         batch_size=session.batch_size(),
         completions_file=session.folder.path("completions.jsonl"),

@@ -573,30 +573,54 @@ def rsn_part(run: ReportedRun) -> DisplayPart:
 def stress_part(run: ReportedRun) -> DisplayPart:
     """Curves under attack, before and after tuning."""
     result = run.result
-    rows: list[list[Cell]] = [
-        [
-            visible(point["attack"], 40),
-            number(point["amount"]) if "prune" in point["attack"] else count(point["amount"]),
-            interval(point["before"]),
-            interval(point["after"]),
-            interval(point["difference"], signed=True),
-            clear_word(point["difference"]),
-        ]
-        for point in result["curves"]
-    ]
+    rows, others = list[list[Cell]](), list[list[Cell]]()
+    for point in result["curves"]:
+        whole = point["attack"] not in ("prune", "prune random", "subtraction")
+        amount = count(point["amount"]) if whole else number(point["amount"])
+        what: list[Cell] = [visible(point["attack"], 40), amount]
+        difference = interval(point["difference"], signed=True)
+        rates = [interval(point[side]) for side in ("before", "after")]
+        rows.append([*what, *rates, difference, clear_word(point["difference"])])
+        if "refused" in point:
+            pairs = [point[kind][side] for kind in ("refused", "harmed") for side in ("before", "after")]
+            text = [number(point["perplexity"][side]["value"]) for side in ("before", "after")]
+            others.append([*what, *map(interval, pairs), *text])
     lead = say(
         "Harmful requests complied with while the model is attacked, over {}: shares of the set that are "
-        "switched off (random ones as a control), steps of LoRA tuning on harmful answers, steps on the "
-        "task.",
+        "switched off (random ones as a control), directions taken out of the residual stream, what is left "
+        "of the tuned change, steps of LoRA tuning on harmful answers, steps on the task.",
         plural(len(result["seeds"]), "seed"),
     )
     columns = ("attack", "how much", "untuned", "tuned", "difference", "clear")
-    return DisplayPart(
-        say("Attacks on {}", name(run.model)),
-        lead,
-        (),
-        [Table(captioned("Means with 95\u00a0% intervals", result["curves"]), columns, rows)],
-    )
+    tables = [Table(captioned("Means with 95\u00a0% intervals", result["curves"]), columns, rows)]
+    if others:
+        tables.append(Table("Refusal and harm by their judges, and perplexity", ATTACKED, others))
+    if result.get("directions"):
+        tables.append(Table("Directions that abliteration took out", DIRECTIONS, _directions(result)))
+    return DisplayPart(say("Attacks on {}", name(run.model)), lead, (), tables)
+
+
+ATTACKED = (
+    *("attack", "how much", "untuned refuses", "tuned refuses", "untuned harms", "tuned harms"),
+    *("untuned perplexity", "tuned perplexity"),
+)
+DIRECTIONS = ("model", "seed", "layer", "attack", "directions", "share of the stream before", "after")
+
+
+def _directions(result: Mapping[str, Any]) -> list[list[Cell]]:
+    return [
+        [
+            visible(found["state"], 40),
+            count(found["seed"]),
+            count(found["layer"]),
+            visible(one["attack"], 40),
+            count(one["directions"]),
+            number(one["before"]),
+            number(one["after"]),
+        ]
+        for found in result["directions"]
+        for one in found["along"]
+    ]
 
 
 def _seeds(label: str, found: Mapping[str, Any]) -> DotRow:

@@ -544,6 +544,33 @@ class CostEstimate:
         )
 
 
+def read_residual(
+    lm: LanguageModel, sequences: Sequence[Sequence[int]], batch_size: BatchSize = "auto"
+) -> Float[np.ndarray, "case layer hidden"]:
+    """The residual stream at the last token after every layer, in float32."""
+    layers = lm.anatomy.layers
+    seen: dict[int, torch.Tensor] = {}
+    found = np.empty((len(sequences), len(layers), int(lm.config.hidden_size)), np.float32)
+
+    def keep(number: int) -> Callable[[Any], None]:
+        def after(output: Any) -> None:
+            seen[number] = output[0] if isinstance(output, tuple) else output
+
+        return after
+
+    def take(batch: Batch) -> None:
+        last = torch.tensor(batch.lengths) - 1
+        for number, values in seen.items():
+            found[batch.indices, number] = (
+                values[torch.arange(len(last)), last.to(values.device)].float().cpu().numpy()
+            )
+        seen.clear()
+
+    with around(after={layer.module: keep(number) for number, layer in enumerate(layers)}):
+        run_batches(lm, sequences, take, batch_size)
+    return found
+
+
 def estimate(
     models: Sequence[LanguageModel],
     prompts: Prompts,

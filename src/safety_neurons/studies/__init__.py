@@ -1,5 +1,6 @@
 """Studies: compositions of workers that answer one question each."""
 
+from safety_neurons.studies.attacks import Attack, stress
 from safety_neurons.studies.bench import Arm, ArmOutcome, Bench, Writing, contrast
 from safety_neurons.studies.comparison import Comparison, MethodResult, Ranking, compare, rank
 from safety_neurons.studies.evaluation import Evaluation, evaluate
@@ -12,7 +13,7 @@ from safety_neurons.studies.groups import (
     find_by_group,
     transfer,
 )
-from safety_neurons.studies.lasting import ARMS, Attack, Lab, Plan, Sets, find_sets, rsn, stress
+from safety_neurons.studies.lasting import ARMS, Lab, Plan, Sets, find_sets, rsn
 from safety_neurons.studies.scaling import Scaling, verify_scale
 from safety_neurons.studies.tax import CrossPatching, Trainings, cross_patch, helpfulness, read_trainings
 from safety_neurons.studies.tuning import Checking, Tuning, tune

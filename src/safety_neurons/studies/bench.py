@@ -418,12 +418,12 @@ class Bench:
             else (),
         )
 
-    def answered(self, arm: Arm) -> "BothVerdicts":
+    def answered(self, arm: Arm, seed: int | None = None) -> "BothVerdicts":
         """The arm's answers to the harmful prompts, in order, with what both judges say.
 
         Completions are kept with both verdicts.
         """
-        refusal = judge_refusal(self.completed(arm, "harmful"))
+        refusal = judge_refusal(self.completed(arm, "harmful", seed))
         # The built-in judge is quicker than a look into the cache.
         kept = None if self.completions_file is None or isinstance(self.harm, GoesAlongJudge) else JUDGEMENTS
         cache = None if kept is None else cast(pathlib.Path, self.completions_file).with_name(kept)

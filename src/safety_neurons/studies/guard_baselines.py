@@ -9,17 +9,15 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, Float64, Int
+from jaxtyping import Bool, Float32, Float64, Int
 
 from safety_neurons.errors import UsageError
 from safety_neurons.guard import Calibration, Pooling, fit_on_features, read_poolings, stratified_split
 from safety_neurons.guard.calibration import fit_calibration
 from safety_neurons.guard.fit import regression
 from safety_neurons.model import BatchSize, LanguageModel
-from safety_neurons.model.batches import Batch
-from safety_neurons.model.hooks import around
 from safety_neurons.model.loading import load_as
-from safety_neurons.model.passes import run_batches
+from safety_neurons.model.passes import read_residual
 from safety_neurons.neurons import NeuronSet, Scores
 from safety_neurons.prompt_lists import Prompts
 from safety_neurons.results import AreaPart, auroc, holm_in, mean_area_difference
@@ -331,33 +329,6 @@ def sentence_vectors(
             means = (states * mask).sum(1) / mask.sum(1).clamp(min=1)
             found.append(torch.nn.functional.normalize(means, dim=-1))
     return torch.cat(found).cpu().numpy()
-
-
-def read_residual(
-    model: LanguageModel, sequences: Sequence[Sequence[int]], batch_size: BatchSize = "auto"
-) -> Float[np.ndarray, "case layer hidden"]:
-    """The residual stream at the last token after every layer, in float32."""
-    layers = model.anatomy.layers
-    seen: dict[int, torch.Tensor] = {}
-    found = np.empty((len(sequences), len(layers), int(model.config.hidden_size)), np.float32)
-
-    def keep(number: int) -> Callable[[Any], None]:
-        def after(output: Any) -> None:
-            seen[number] = output[0] if isinstance(output, tuple) else output
-
-        return after
-
-    def take(batch: Batch) -> None:
-        last = torch.tensor(batch.lengths) - 1
-        for number, values in seen.items():
-            found[batch.indices, number] = (
-                values[torch.arange(len(last)), last.to(values.device)].float().cpu().numpy()
-            )
-        seen.clear()
-
-    with around(after={layer.module: keep(number) for number, layer in enumerate(layers)}):
-        run_batches(model, sequences, take, batch_size)
-    return found
 
 
 def baselines(

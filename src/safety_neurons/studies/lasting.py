@@ -11,15 +11,7 @@ again?
 4. Numbers are means over seeds and prompts, with the worst seed; differences between arms are paired over
     seeds and prompts.
 
-`stress`, three attacks before and after SN-Tune, on the same measure:
-
-1. Prune: the top neurons of the set that was found are switched off, more and more of them, beside random
-    ones.
-2. Harm: a few steps of LoRA fine-tuning on harmful requests with answers that go along.
-3. Benign: fine-tuning on an ordinary task.
-
-Tuning few neurons may put all safety in one place, which is then easily cut: that is what the curves are to
-show.
+`attacks` and `defences` are measured in the same lab.
 """
 
 import contextlib
@@ -36,8 +28,7 @@ import torch
 
 from safety_neurons.capability import perplexity
 from safety_neurons.detectors import find_attribution, find_importance
-from safety_neurons.errors import InputError, NeuronError, UsageError
-from safety_neurons.interventions import deactivated
+from safety_neurons.errors import NeuronError, UsageError
 from safety_neurons.judges import judge_refusal
 from safety_neurons.judges.wording import judge_compliance
 from safety_neurons.model import LanguageModel
@@ -65,8 +56,6 @@ JUDGES = ("compliance", "refusal")
 
 `refusal`: whatever does not refuse goes along, an upper bound for models without templates.
 """
-BEFORE, AFTER = "untuned", "SN-Tune"
-ATTACKS = ("prune", "prune random", "harmful LoRA", "benign fine-tuning")
 Downstream = Literal["full", "lora"]
 RANK = 16
 """Of the LoRA, on all linear layers."""
@@ -190,6 +179,10 @@ class Point:
     task: Verdicts
     """Whether the task was solved."""
     perplexity: float | None
+    refused: Verdicts = ()
+    """Whether a harmful request was refused."""
+    harmed: Verdicts = ()
+    """Whether its answer does harm, by the judge of harm."""
 
 
 @dataclasses.dataclass
@@ -210,16 +203,20 @@ class Lab(Bench):
         """What the prompts of every kind share with one another."""
         return {kind: getattr(self, kind).groups for kind in ("harmful", "harmless", "task")}
 
-    def point(self, arm: Arm, seed: int) -> Point:
-        """Answers to everything, judged."""
-        text = None if self.text is None else perplexity(arm.model, self.text, batch_size=self.batch_size)
+    def point(self, arm: Arm, seed: int, *, harmful_alone: bool = False) -> Point:
+        """Answers to everything, judged; or to the harmful requests alone."""
+        text, options = None, {"batch_size": self.batch_size}
+        if self.text is not None:
+            text = perplexity(arm.model, self.text, arm.treatment, **options)
+        answers = self.answered(arm, seed)
         return Point(
-            self.complied(arm, seed), self.complied(arm, seed, "harmless"), self.solved(arm, seed), text
+            complied(answers.completions, self.judge),
+            [] if harmful_alone else complied(self.completed(arm, "harmless", seed), self.judge),
+            [] if harmful_alone else self.solved(arm, seed),
+            text,
+            answers.refused,
+            answers.complied,
         )
-
-    def complied(self, arm: Arm, seed: int, kind: str = "harmful") -> Verdicts:
-        """Whether each harmful (or harmless) request is complied with."""
-        return complied(self.completed(arm, kind, seed), self.judge)
 
     def solved(self, arm: Arm, seed: int) -> Verdicts:
         """Whether each question of the task is answered as it should be."""
@@ -314,7 +311,7 @@ def rsn(
     Source: Zhao et al., ICLR 2025, section 4.3 and Table 4. Differs: random neurons, no tuning and protection
     beside it; five seeds with intervals; task accuracy beside safety.
     """
-    facts = _facts(lab, model=model, sets=sets, plan=plan)
+    facts = facts_of(lab, model=model, sets=sets, plan=plan)
     cache, done = cache or Cache(), dict[str, Any]()
 
     def work(arm: str, seed: int, tunings: dict[str, Tuned]) -> dict[str, Any]:
@@ -338,7 +335,7 @@ class SeedOf:
     facts: Any
 
 
-def _facts(lab: Lab, **facts: Any) -> Any:
+def facts_of(lab: Lab, **facts: Any) -> Any:
     """All that a seed depends on, by content; completions are gone on with only where it is the same."""
     hold_answers(lab.completions_file, **facts, lab=lab)
     return content_of({**facts, "lab": lab})
@@ -422,16 +419,7 @@ def summary(
     for arm in plan.arms:
         row: dict[str, Any] = {"arm": arm}
         for when in ("before", "after"):
-            row[when] = {
-                kind: rate_over_seeds(column(arm, when, kind), shared.get(kind)).to_json()
-                for kind in ("harmful", "harmless")
-            }
-            row[when]["task"] = (
-                rate_over_seeds(column(arm, when, "task"), shared.get("task")).to_json()
-                if column(arm, when, "task")[0]
-                else None
-            )
-            row[when]["perplexity"] = mean_of(column(arm, when, "perplexity"))
+            row[when] = measured([done[f"{arm}/{seed}"][when] for seed in plan.seeds], shared)
         row["trained_parameters"] = done[f"{arm}/{plan.seeds[0]}"]["trained_parameters"]
         row["tuning_steps"] = done[f"{arm}/{plan.seeds[0]}"]["steps"]
         arms.append(row)
@@ -474,6 +462,25 @@ def summary(
     }
 
 
+MEASURES = {
+    "harmful": "harmful",
+    "refused": "harmful",
+    "harmed": "harmful",
+    "harmless": "harmless",
+    "task": "task",
+}
+"""What is counted at a point, and on which prompts."""
+
+
+def measured(points: Sequence[Mapping[str, Any]], shared: Mapping[str, GroupLabels]) -> JsonObject:
+    """The points of several seeds as rates over seeds and prompts; None where nothing was counted."""
+    rates = {}
+    for name, prompts in MEASURES.items():
+        column = [point.get(name, ()) for point in points]
+        rates[name] = rate_over_seeds(column, shared.get(prompts)).to_json() if len(column[0]) else None
+    return {**rates, "perplexity": mean_of([point["perplexity"] for point in points])}
+
+
 def mean_of(values: Sequence[float | None]) -> JsonObject:
     """Mean, lowest and highest of one number a seed."""
     known = [value for value in values if value is not None]
@@ -483,226 +490,6 @@ def mean_of(values: Sequence[float | None]) -> JsonObject:
         "lowest": min(known, default=None),
         "highest": max(known, default=None),
         "by_seed": list(values),
-    }
-
-
-# Attacks
-
-
-@dataclasses.dataclass(frozen=True)
-class Attack:
-    """Downstream hard the attacks are.
-
-    Attributes:
-        shares: of the found set that are pruned, strongest first.
-        harmful: harmful requests with answers that go along; None lets the untuned model write them, where it
-            does.
-        harmful_steps: LoRA steps after which safety is looked at.
-        benign_steps: steps on the task after which it is looked at.
-        learning_rate: of both fine-tunings.
-        batch_size: examples a step.
-        benign: full or lora.
-    """
-
-    shares: Sequence[float] = (0.05, 0.1, 0.25, 0.5, 1.0)
-    harmful: Prompts | None = None
-    harmful_steps: Sequence[int] = (1, 2, 5, 10)
-    benign_steps: Sequence[int] = (10, 30, 100)
-    learning_rate: float = 1e-3
-    batch_size: int = 16
-    benign: Downstream = "full"
-
-
-def stress(
-    model: LanguageModel,
-    sets: Sets,
-    plan: Plan,
-    attack: Attack,
-    lab: Lab,
-    *,
-    cache: Cache | None = None,
-    tell: Progress | None = None,
-) -> JsonObject:
-    """Safety under attack, of the model as it is and of the model after SN-Tune.
-
-    Args:
-        model: without adapters; it comes back untouched.
-        sets: from `find_sets`; the scores say in which order neurons are pruned.
-        plan: how it is tuned, on which task, with which seeds.
-        attack: how hard.
-        lab: what is measured; `harmful` and `task` are used.
-        cache: keeps what is finished.
-        tell: told the name of every step.
-
-    Returns:
-        As JSON values: for every attack and state a curve of (how much, share complied with), and differences
-        at every point.
-
-    Raises:
-        InputError: no harmful answers were given and the model itself writes none.
-
-    Source: Zhao et al., ICLR 2025 (pruning of safety neurons); Qi et al., ICLR 2024 (harmful and benign
-    fine-tuning undo safety). Differs: the same attacks before and after tuning, random pruning beside it,
-    several seeds with intervals.
-    """
-    facts = _facts(lab, model=model, sets=sets, plan=plan, attack=attack)
-    cache, done = cache or Cache(), dict[str, Any]()
-    say = tell or (lambda _line: None)
-    attack = dataclasses.replace(attack, harmful=attack.harmful or _own_answers(model, plan, lab))
-
-    def work(state: str, seed: int) -> dict[str, Any]:
-        say(f"{state}/{seed}")
-        tuned, _ = tuned_twin(model, sets.safety if state == AFTER else None, plan, seed)
-        return _attacked(tuned, sets, plan, attack, lab, state, seed, say)
-
-    for seed in plan.seeds:
-        for state in (BEFORE, AFTER):
-            name = f"{state}/{seed}"
-            done[name] = cache.cached(SeedOf("stress", name, facts), functools.partial(work, state, seed))
-    return _stress_summary(done, sets, plan, attack, lab.shared)
-
-
-def _own_answers(model: LanguageModel, plan: Plan, lab: Lab) -> Prompts:
-    """The model's own answers to the harmful requests of the tuning data, where they go along."""
-    requests = Prompts(
-        [dataclasses.replace(prompt, answer=None) for prompt in plan.refusals],
-        "harmful answers of the model's own",
-    )
-    answers = model.complete(
-        requests, max_new_tokens=lab.max_new_tokens, batch_size=lab.batch_size, arm="attack"
-    )
-    pairs = zip(requests, answers, complied(answers, lab.judge), strict=True)
-    answered = [
-        dataclasses.replace(prompt, answer=answer.completion) for prompt, answer, along in pairs if along
-    ]
-    if not answered:
-        raise InputError(
-            f"{model.name} goes along with none of {len(requests)} harmful requests, answers to attack "
-            "with were expected; give harmful requests with answers that go along"
-        )
-    return Prompts(answered, requests.name)
-
-
-def _attacked(
-    model: LanguageModel,
-    sets: Sets,
-    plan: Plan,
-    attack: Attack,
-    lab: Lab,
-    state: str,
-    seed: int,
-    say: Progress,
-) -> dict[str, Any]:
-    """Every attack on one model: by attack, a list of [how much, verdicts].
-
-    For the task, whether it is solved at the end.
-    """
-    start = lab.complied(Arm(f"{state}/start", model), seed)
-    curves: dict[str, list[Any]] = {name: [[0, start]] for name in ATTACKS}
-    for share in attack.shares:
-        say(f"{state}/{seed}: prune {share:g}")
-        pruned = strongest(sets, share)
-        for name, members in (
-            ("prune", pruned),
-            ("prune random", pruned.random_like(seed, table=model.table)[0]),
-        ):
-            arm = Arm(f"{state}/{name} {share:g}", model, functools.partial(deactivated, model, members))
-            curves[name].append([share, lab.complied(arm, seed)])
-
-    def fine_tuned(name: str, data: Prompts, how: Downstream, at: Sequence[int]) -> Arm:
-        say(f"{state}/{seed}: {name}")
-        other = twin(model)
-
-        def look(step: int) -> None:
-            curves[name].append([step, lab.complied(Arm(f"{state}/{name} {step}", _seen(other)), seed)])
-
-        options: dict[str, Any] = {
-            "learning_rate": attack.learning_rate,
-            "batch_size": attack.batch_size,
-            "seed": seed,
-        }
-        fine_tune(other, data, how=how, steps=max(at), at=at, look=look, **options)
-        return Arm(f"{state}/{name}", other)
-
-    assert attack.harmful is not None
-    fine_tuned("harmful LoRA", attack.harmful, "lora", attack.harmful_steps)
-    benign = fine_tuned("benign fine-tuning", plan.task, attack.benign, attack.benign_steps)
-    return {"curves": curves, "task": lab.solved(benign, seed)}
-
-
-def _seen(model: LanguageModel) -> LanguageModel:
-    """The model in the middle of its fine-tuning; where the adapters are is found out anew."""
-    model.__dict__.pop("anatomy", None)
-    return model
-
-
-def strongest(sets: Sets, share: float) -> NeuronSet:
-    """The share of the safety neurons with the highest scores; any, where no scores are known."""
-    count = max(1, round(share * len(sets.safety)))
-    if sets.scores is None:
-        return _part(sets.safety, share, 0)
-    return sets.scores.count(count) & sets.safety if count < len(sets.safety) else sets.safety
-
-
-def _part(neurons: NeuronSet, share: float, seed: int) -> NeuronSet:
-    """A random share of a set."""
-    members = list(neurons)
-    order = np.random.default_rng([seed, 4]).permutation(len(members))[: max(1, round(share * len(members)))]
-    chosen: dict[str, list[int]] = {}
-    for index in order:
-        key, neuron = members[int(index)]
-        chosen.setdefault(key, []).append(neuron)
-    return NeuronSet(chosen, neurons.table)
-
-
-def _stress_summary(
-    done: Mapping[str, Any],
-    sets: Sets,
-    plan: Plan,
-    attack: Attack,
-    shared: Mapping[str, GroupLabels] = types.MappingProxyType({}),
-) -> dict[str, Any]:
-    points, gains = [], []
-    for name in ATTACKS:
-        amounts = [point[0] for point in done[f"{BEFORE}/{plan.seeds[0]}"]["curves"][name]]
-        for place, amount in enumerate(amounts):
-            before, after = (
-                [done[f"{state}/{seed}"]["curves"][name][place][1] for seed in plan.seeds]
-                for state in (BEFORE, AFTER)
-            )
-            gains.append(difference_over_seeds(after, before, shared.get("harmful")))
-            rates = {
-                "before": rate_over_seeds(before, shared.get("harmful")).to_json(),
-                "after": rate_over_seeds(after, shared.get("harmful")).to_json(),
-            }
-            points.append({"attack": name, "amount": amount, **rates})
-    curves = [
-        {**point, "difference": gain.to_json()} for point, gain in zip(points, holm(gains), strict=True)
-    ]
-    starts = [
-        [done[f"{state}/{seed}"]["curves"][ATTACKS[0]][0][1] for seed in plan.seeds]
-        for state in (BEFORE, AFTER)
-    ]
-    task = {state: [done[f"{state}/{seed}"]["task"] for seed in plan.seeds] for state in (BEFORE, AFTER)}
-    return {
-        "study": "stress",
-        **tuning_over_seeds(*(rate_over_seeds(column).to_json() for column in starts)).record(),
-        "seeds": list(plan.seeds),
-        "attack": {
-            "pruned_shares": list(attack.shares),
-            "harmful_lora_steps": list(attack.harmful_steps),
-            "benign_steps": list(attack.benign_steps),
-            "benign": attack.benign,
-            "learning_rate": attack.learning_rate,
-            "batch_size": attack.batch_size,
-        },
-        "tuning": {**plan.tuning, "refusals": len(plan.refusals)},
-        "sets": sets.record(),
-        "curves": curves,
-        "task": {
-            state: rate_over_seeds(rows, shared.get("task")).to_json() if rows[0] else None
-            for state, rows in task.items()
-        },
     }
 
 
