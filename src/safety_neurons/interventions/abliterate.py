@@ -77,7 +77,7 @@ def basis_of(
 
 
 @dataclasses.dataclass(frozen=True)
-class Writer:
+class StreamWriter:
     """A tensor that writes the residual stream."""
 
     name: str
@@ -87,7 +87,7 @@ class Writer:
     bias: bool = False
 
 
-def writers(model: LanguageModel) -> list[Writer]:
+def writers(model: LanguageModel) -> list[StreamWriter]:
     """Every tensor that writes the residual stream: `o` and `down` with their biases, the experts' `down`,
     and the token embedding unless the output head is the same tensor.
 
@@ -98,11 +98,11 @@ def writers(model: LanguageModel) -> list[Writer]:
         raise UsageError(
             f"{model.name} has adapters, plain weights were expected; merge them first (--merge-adapters)"
         )
-    found: dict[int, Writer] = {}
+    found: dict[int, StreamWriter] = {}
 
     def add(name: str, tensor: Any, axis: int, *, bias: bool = False) -> None:
         if tensor is not None:
-            found.setdefault(id(tensor), Writer(name, tensor.detach(), axis, bias))
+            found.setdefault(id(tensor), StreamWriter(name, tensor.detach(), axis, bias))
 
     for key, place in model.anatomy.places.items():
         if place.side == "input":
