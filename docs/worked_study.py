@@ -1,13 +1,15 @@
-"""The worked study's commands run, and its numbers kept: what the page says is what the commands gave.
+"""A study's commands run, and its numbers kept: what the page says is what the commands gave.
 
-    python docs/worked_study.py --run FOLDER
+    python docs/worked_study.py [--page PAGE] --run FOLDER [--data FOLDER]
         run every command of the page in FOLDER, keep the numbers it quotes, put them into the page
     python docs/worked_study.py --keep FOLDER    the same from runs that are finished there
     python docs/worked_study.py --write          put the kept numbers into the page
 
 A number in the page stands between two comments, `<!--RUN.PATH-->` and `<!--/-->`: RUN is the last part of
-the command's --out, PATH leads into its JSON result. `|FORMAT` behind the path is a Python format; without
-one a rate is shown with its interval.
+the command's --out, PATH leads into its JSON result (of a benchmark's, the first part is the name of its
+row's file). `|FORMAT` behind the path is a Python format; without one a rate is shown with its interval. A
+command that is finished is not run again, and one that was killed goes on. `DATA` in a command is the folder
+of `--data`, with public data in their original formats. A command that fails is said, and the others are run.
 """
 
 import argparse
@@ -20,7 +22,7 @@ import sys
 from typing import Any
 
 HERE = pathlib.Path(__file__).resolve().parent
-PAGE, KEPT = HERE / "worked-study.md", HERE / "worked-study.json"
+PAGE = HERE / "worked-study.md"
 MARK = re.compile(r"<!--(?P<path>[\w.-]+)(?:\|(?P<format>[^>]*?))?-->(?P<text>[^<]*)<!--/-->")
 
 
@@ -30,9 +32,13 @@ def commands(page: str) -> dict[str, list[str]]:
     for block in re.findall(r"^```sh\n(.*?)^```", page, re.S | re.M):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
-            if words[:1] == ["safety-neurons"]:
-                found[pathlib.PurePath(words[words.index("--out") + 1]).stem] = words[1:]
+            if words[:1] in (["safety-neurons"], ["python"]) and "--out" in words:
+                found[_out(words).stem] = words[words[0] == "safety-neurons" :]
     return found
+
+
+def _out(words: list[str]) -> pathlib.PurePath:
+    return pathlib.PurePath(words[words.index("--out") + 1])
 
 
 def quoted(page: str) -> list[str]:
@@ -93,30 +99,38 @@ def wrong(page: str, kept: dict[str, Any]) -> list[str]:
     ]
 
 
-def run(page: str, folder: pathlib.Path) -> None:
+def run(page: str, folder: pathlib.Path, data: pathlib.Path | None) -> None:
     """Run every command in the folder; one that is finished there is not run again."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, words in commands(page).items():
-        sys.stderr.write(shlex.join(["safety-neurons", *words]) + "\n")
-        done = subprocess.run(
-            [sys.executable, "-m", "safety_neurons", *words, "--json"],
-            cwd=folder,
-            capture_output=True,
-            text=True,
+        if "DATA" in " ".join(words) and data is None:
+            sys.stderr.write(f"{name}: not run; it reads public data, give their folder with --data\n")
+            continue
+        given = [word.replace("DATA", str(data and data.resolve())) for word in words]
+        sys.stderr.write(shlex.join(given) + "\n")
+        benchmark = given[0] == "python"
+        program = (
+            [str(HERE.parent / given[1]), *given[2:]]
+            if benchmark
+            else ["-m", "safety_neurons", *given, "--json"]
         )
+        done = subprocess.run([sys.executable, *program], cwd=folder, capture_output=True, text=True)
         if done.returncode:
-            raise SystemExit(f"{name} ended with {done.returncode}: {done.stdout}{done.stderr[-2000:]}")
+            sys.stderr.write(f"{name} ended with {done.returncode}: {done.stdout}{done.stderr[-2000:]}\n")
 
 
 def keep(page: str, folder: pathlib.Path) -> dict[str, Any]:
     """The values that the page quotes, from the records of the finished runs, and the commands they come
     from.
     """
-    records = {}
+    records: dict[str, Any] = {}
     for name, words in commands(page).items():
-        record = folder / words[words.index("--out") + 1] / "run.json"
-        if record.is_file():
-            records[name] = json.loads(record.read_text(encoding="utf-8")).get("result", {})
+        out = folder / _out(words)
+        if (out / "run.json").is_file():
+            records[name] = json.loads((out / "run.json").read_text(encoding="utf-8")).get("result", {})
+        elif words[0] == "python":
+            rows = sorted(out.glob("*.json"))
+            records[name] = {row.stem: json.loads(row.read_text(encoding="utf-8")) for row in rows}
     numbers = {}
     for path in quoted(page):
         try:
@@ -134,21 +148,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--page", type=pathlib.Path, default=PAGE)
+    parser.add_argument("--data", type=pathlib.Path, metavar="FOLDER")
     parser.add_argument("--run", type=pathlib.Path, metavar="FOLDER")
     parser.add_argument("--keep", type=pathlib.Path, metavar="FOLDER")
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
-    page = PAGE.read_text(encoding="utf-8")
+    file, kept_file = options.page, options.page.with_suffix(".json")
+    page = file.read_text(encoding="utf-8")
     if options.run:
-        run(page, options.run)
+        run(page, options.run, options.data)
     if options.run or options.keep:
-        KEPT.write_text(
+        kept_file.write_text(
             json.dumps(keep(page, options.run or options.keep), indent=1) + "\n", encoding="utf-8"
         )
-    kept = json.loads(KEPT.read_text(encoding="utf-8"))
+    kept = json.loads(kept_file.read_text(encoding="utf-8"))
     if options.run or options.keep or options.write:
-        PAGE.write_text(filled(page, kept["numbers"]), encoding="utf-8")
-    for line in wrong(PAGE.read_text(encoding="utf-8"), kept):
+        file.write_text(filled(page, kept["numbers"]), encoding="utf-8")
+    for line in wrong(file.read_text(encoding="utf-8"), kept):
         sys.stderr.write(line + "\n")
 
 

@@ -31,12 +31,25 @@ def page(study):
 
 @pytest.fixture(scope="module")
 def kept(study):
-    return json.loads(study.KEPT.read_text(encoding="utf-8"))
+    return json.loads(study.PAGE.with_suffix(".json").read_text(encoding="utf-8"))
 
 
-def test_every_number_of_the_page_is_what_its_command_gave(study, page, kept):
+@pytest.mark.parametrize("name", ["worked-study.md", "real-models.md"])
+def test_every_number_of_a_page_is_what_its_command_gave(study, name):
+    page = (DOCS / name).read_text(encoding="utf-8")
+    kept = json.loads((DOCS / name).with_suffix(".json").read_text(encoding="utf-8"))
     assert len(study.quoted(page)) > 40
     assert study.wrong(page, kept) == []
+
+
+def test_every_command_on_real_models_is_understood(study):
+    commands = study.commands((DOCS / "real-models.md").read_text(encoding="utf-8"))
+    assert len(commands) >= 8
+    for words in commands.values():
+        if words[0] == "python":
+            assert (DOCS.parent / words[1]).is_file()
+        else:
+            parse(words)
 
 
 def test_a_number_or_a_command_that_is_changed_by_hand_is_noticed(study, page, kept):

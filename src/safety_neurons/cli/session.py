@@ -114,7 +114,7 @@ class OneModel(Declaration):
     PANEL: ClassVar[str | None] = "Models"
 
     model: ModelName
-    """ID[@REVISION][+ADAPTER…], a folder, or organism:NAME."""
+    """ID[@REVISION][+ADAPTER…], a folder, a .gguf file, organism:NAME or real:NAME."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -28,6 +28,8 @@ from safety_neurons.results.run import file_sha256, whole_folder
 
 MAGIC = b"GGUF"
 SUFFIX = ".gguf"
+REAL = "real:"
+"""Before the name of a packaged checkpoint, as a model is named."""
 CONVERSION = 1
 """Counts up when the same file would give another folder."""
 

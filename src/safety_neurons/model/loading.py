@@ -33,7 +33,7 @@ from safety_neurons.model.files import (
     refuse_sizes,
     weight_files,
 )
-from safety_neurons.model.gguf import converted, is_gguf
+from safety_neurons.model.gguf import REAL, converted, is_gguf, packaged
 from safety_neurons.model.language_model import LanguageModel
 from safety_neurons.model.placement import Placement
 from safety_neurons.model.template import Prompting
@@ -122,7 +122,8 @@ def parse_spec(spec: str | Path) -> ModelSpec:
     """Takes `ID[@REVISION][+ADAPTER…]` apart: an existing path wins, otherwise it is split at `+`, then each
     part at `@`.
 
-    `organism:NAME[/STAGE]` is what the organism's record says of that stage.
+    `organism:NAME[/STAGE]` is what the organism's record says of that stage; `real:NAME` a checkpoint that
+    ordinary packages carry (`data models`).
 
     Raises:
         UsageError: An empty part. InputError: No such organism, or none of its stages.
@@ -351,6 +352,9 @@ def _folder(name: str, revision: str | None, options: _Loading) -> Path:
     if is_gguf(path):
         with quiet():
             return converted(path)
+    if name.startswith(REAL) and not path.exists():
+        with quiet():
+            return packaged(name.removeprefix(REAL), offline=options.offline)
     if path.exists():
         raise ModelError(
             f"{name} is a file: expected the folder of a model in Hugging Face layout, a GGUF file, or a "
