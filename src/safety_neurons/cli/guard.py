@@ -279,11 +279,12 @@ def fit(
         if not rechecks.recheck_every:
             return written(session, guard, data.labels)
         written(session, guard, data.labels)  # what was fit is kept, whatever comes of the answers
-        answers = rechecks.answers(session, model, data, some.limit)
+        bad, good = rechecks.answers(session, model, data, some.limit)
         with session.progress("read answers") as progress:
             guard = fit_answers(
                 guard,
-                *answers,
+                bad,
+                good,
                 every=rechecks.recheck_every,
                 max_new_tokens=rechecks.recheck_tokens,
                 fpr=thresholds.fpr,

@@ -155,7 +155,11 @@ def score_answers(
         encoded = [Encoded(one.prompt.id, part.ids)]
         try:
             read_tokens(
-                model, encoded, own.neurons, len(read), lambda _, values, kept=tokens: kept.append(values)
+                model,
+                encoded,
+                own.neurons,
+                len(read),
+                lambda _, values: tokens.append(values),  # noqa: B023 - called before the next round
             )
             features = torch.from_numpy(_pooled(tokens[0], checks, own.pooling, own.classifier.direction))
             found.append(largest(own.verdicts(features, [cut] * len(checks), top=0, **options)))
@@ -354,7 +358,7 @@ class _Answers:
         agreed = None
         if pooling.agree:
             agreed = fit_agreeing(self.tokens, self.labels, split, pooling.agree, how.penalties, self.groups)
-        direction = agreed and agreed.classifier.direction
+        direction = agreed.classifier.direction if agreed else None
         found = [
             _pooled(tokens, checks, pooling, direction)
             for tokens, checks in zip(self.tokens, self.checks, strict=True)
@@ -367,7 +371,7 @@ class _Answers:
             self.labels[owner],
             Split(_rows(owner, split.train), _rows(owner, split.validation), first),
             {int(starts[answer]): found[answer][1:] for answer in split.calibration},
-            [self.groups[answer] for answer in owner],
+            [self.groups[int(answer)] for answer in owner],
             agreed,
         )
 

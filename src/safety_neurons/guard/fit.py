@@ -531,7 +531,7 @@ def fit_guard(
     encoded = model.encode(data.prompts)
     reading: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     agreed = _agreed(model, encoded, neurons, data, how, reading) if how.poolings[0].agree else None
-    direction = agreed and agreed.classifier.direction
+    direction = agreed.classifier.direction if agreed else None
     read = read_poolings(model, encoded, neurons, how.poolings, direction=direction, **reading)
     usable, notes = _usable(read)
     labels = data.labels[usable]

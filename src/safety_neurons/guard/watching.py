@@ -197,9 +197,9 @@ class Watch:
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with some of the rows only."""
-        self.truncated, self.lengths, self.beside = (
-            [some[row] for row in rows] for some in (self.truncated, self.lengths, self.beside)
-        )
+        self.truncated = [self.truncated[row] for row in rows]
+        self.lengths = [self.lengths[row] for row in rows]
+        self.beside = [self.beside[row] for row in rows]
         self.verdicts = [self.verdicts[row] for row in rows]
         self.rechecks = [self.rechecks[row] for row in rows]
         self.stopped = self.stopped[list(rows)]

@@ -360,7 +360,7 @@ class LanguageModel:
     @cached_property
     def thought_end_ids(self) -> frozenset[int]:
         """Ids of the tokens that end a thinking part by themselves; none where its end is several tokens."""
-        added = getattr(self.tokenizer, "get_added_vocab", dict)()
+        added: dict[str, int] = getattr(self.tokenizer, "get_added_vocab", dict)()
         return frozenset(
             token for text, token in added.items() if is_end_mark(str(text)) or text == self.think_end
         )

@@ -138,10 +138,10 @@ def builtin_text(source: str, folder: Path | None) -> tuple[str, str | None, boo
             )
     if name in WIDE:
         first, more = WIDE[name]
-        text, limited, own = builtin_text(f"{PREFIX}{first}/{language}".rstrip("/"), folder)
-        if own or (language or DEFAULT_LANGUAGE) not in languages(more):
-            return text, limited, own
-        return text + builtin_text(f"{PREFIX}{more}", None)[0], limited, own
+        text, limited, brought = builtin_text(f"{PREFIX}{first}/{language}".rstrip("/"), folder)
+        if brought or (language or DEFAULT_LANGUAGE) not in languages(more):
+            return text, limited, brought
+        return text + builtin_text(f"{PREFIX}{more}", None)[0], limited, brought
     known = languages(name)
     if (language or DEFAULT_LANGUAGE) not in known:
         raise InputError(

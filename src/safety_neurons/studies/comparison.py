@@ -221,14 +221,15 @@ def compare(
     everything = NeuronSet.all(base.table).only(sites=sites)
     n_units = everything.n_units
     budget = truth.n_units if truth is not None else max(1, round(top * n_units))
-    asked = {
+    asked: dict[str, Any] = {
         "prompts": find_prompts,
         **{f"find_{name}": text for name, text in texts.items()},
         "truth": truth,
         "sites": sites,
         "budget": budget,
     }
-    bench = Bench.of({"base": base, "aligned": aligned, **asked}, harmful, harmless, **{**AUTO, **how})
+    measured: dict[str, Any] = {**AUTO, **how}
+    bench = Bench.of({"base": base, "aligned": aligned, **asked}, harmful, harmless, **measured)
     make = _Rows(
         SubjectModels(
             "patch", bench, base, lambda members: functools.partial(patched, base, aligned, members), aligned

@@ -573,7 +573,7 @@ def _hash(model: LanguageModel, neurons: NeuronSet, notes: list[str]) -> str:
 
 
 def _tuned(loop: Loop, delta: Delta, rates: Mapping[str, float], stopped: str, frozen: bool | None) -> Tuned:
-    sizes = {kind: sum(example.kind == kind for example in loop.examples) for kind in KINDS}
+    sizes: dict[str, int] = {kind: sum(example.kind == kind for example in loop.examples) for kind in KINDS}
     return Tuned(
         delta=delta,
         history=tuple(loop.history),
