@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from safety_neurons import judge_refusal, load
 from safety_neurons.capability import perplexity
+from safety_neurons.display.charts import Line, Plane, line_figure, standalone
 from safety_neurons.model import LanguageModel, token_divergences
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.prompt_lists import Prompts
@@ -241,6 +242,35 @@ def main() -> None:
             if not file.is_file():
                 file.write_text(json.dumps(row(arm, seed, given), indent=1))
             print(line(json.loads(file.read_text())), flush=True)
+    rows = [json.loads(file.read_text()) for file in sorted(given.out.glob("*-*.json"))]
+    (given.out / "frontier.svg").write_text(figure(rows), encoding="utf-8")
+
+
+def figure(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What the checks of every arm saw: refusals against over-refusal, against perplexity and against KL."""
+    planes = (
+        ("harmless_refused", Plane("Harmful refused", "Harmless refused", (0.0, 1.0), (0.0, 0.5))),
+        ("perplexity", Plane("Harmful refused", "Perplexity, times before", (0.0, 1.0), (0.9, 1.2))),
+        ("divergence", Plane("Harmful refused", "KL per token (nats)", (0.0, 1.0), (0.0, 0.1))),
+    )
+    drawn = []
+    for name, plane in planes:
+        lines = [
+            Line(
+                f"{row['arm']}, seed {row['seed']}",
+                sorted((check["harmful_refused"]["value"], _number(check[name])) for check in row["checks"]),
+                marked=True,
+            )
+            for row in rows
+        ]
+        drawn.append(
+            (line_figure(lines, plane), f"{plane.y} over harmful refused, held-out prompts of the check")
+        )
+    return standalone(drawn)
+
+
+def _number(value: Any) -> float:
+    return float(value["value"] if isinstance(value, dict) else value)
 
 
 def line(found: Mapping[str, Any]) -> str:
