@@ -58,6 +58,7 @@ _HOME = {
     "find_probe_weights": "detectors",
     "find_random": "detectors",
     "find_refusal_direction": "detectors",
+    "find_relp": "detectors",
     "find_snip": "detectors",
     "find_wanda": "detectors",
     "find_swap_attribution": "detectors",

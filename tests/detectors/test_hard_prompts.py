@@ -77,6 +77,7 @@ FINDERS = {
     "probe": lambda base, _, prompts: sn.find_probe(base, prompts, harmless=HARMLESS),
     "probe-weights": lambda base, _, prompts: sn.find_probe_weights(base, prompts, harmless=HARMLESS),
     "refusal-direction": lambda base, _, prompts: sn.find_refusal_direction(base, prompts, harmless=HARMLESS),
+    "relp": lambda base, _, prompts: sn.find_relp(base, prompts),
     "snip": lambda base, _, prompts: sn.find_snip(base, prompts, harmless=HARMLESS, sites=["down"]),
     "wanda": lambda base, _, prompts: sn.find_wanda(base, prompts, harmless=HARMLESS, sites=["down"]),
 }

@@ -50,6 +50,7 @@ FINDERS = {
     "refusal_direction": lambda base, _, **kept: sn.find_refusal_direction(
         base, PROMPTS, harmless=MORE, **kept
     ),
+    "relp": lambda base, _, **kept: sn.find_relp(base, PROMPTS, **kept),
     "snip": lambda base, _, **kept: sn.find_snip(base, PROMPTS, harmless=HARMLESS, sites=["down"], **kept),
     "swap_attribution": lambda base, aligned, **kept: sn.find_swap_attribution(
         base, aligned, PROMPTS, **kept

@@ -103,6 +103,7 @@ CALLS: dict[str, Call] = {
     "find_probe": lambda one, _: sn.find_probe(one, BAD, harmless=GOOD, strength=1.0),
     "find_probe_weights": lambda one, _: sn.find_probe_weights(one, BAD, harmless=GOOD),
     "find_refusal_direction": lambda one, _: sn.find_refusal_direction(one, BAD, harmless=GOOD),
+    "find_relp": lambda one, _: sn.find_relp(one, BAD),
     "find_snip": lambda one, _: sn.find_snip(one, BAD, harmless=GOOD, sites=["down"]),
     "find_wanda": lambda one, _: sn.find_wanda(one, BAD, harmless=GOOD, sites=["down"]),
     "activation_statistics": lambda one, _: sn.activation_statistics(one, [[3, 4, 5]]),

@@ -27,6 +27,7 @@ _HOME = {
     "find_probe_weights": "runner",
     "find_random": "baselines",
     "find_refusal_direction": "runner",
+    "find_relp": "runner",
     "find_snip": "runner",
     "find_swap_attribution": "runner",
     "find_wanda": "runner",

@@ -8,7 +8,9 @@ is the first-order effect of that neuron.
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from safety_neurons.detectors.methods import Attribution, AttributionPatching
+from safety_neurons.detectors.methods import Attribution, AttributionPatching, ExplainedTexts
 from safety_neurons.detectors.reading import donated
 from safety_neurons.detectors.runner import BatchSums, Folded, PromptCounts, Run, Scored, to_numpy
 from safety_neurons.detectors.text import generate
@@ -29,6 +31,9 @@ SCORED_TOKENS = 16
 """Tokens of a refusal or compliance text that are scored."""
 TOKEN_BUDGET = 1024
 """Padded tokens of an "auto" batch whose activations are kept for the backward pass."""
+
+Editing = Callable[[Mapping[str, hooks.Editor]], AbstractContextManager[Any]]
+"""Puts editors of activations on for a block."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,7 @@ def mask_gradients(
     *,
     mask: float | Mapping[str, Tensor],
     donors: Mapping[str, Any] | None = None,
+    editing: Editing | None = None,
 ) -> tuple[dict[str, Float[Tensor, "batch neuron"]], Float[Tensor, " batch"]]:
     """One forward and one backward pass: derivative of each row's score with respect to that row's mask, at
     `mask`.
@@ -108,6 +114,8 @@ def mask_gradients(
         mask: value of all mask entries, or of each neuron's (site key to `[neuron]`), the same in every row.
         donors: activations to move towards, on the same tokens, as `hooks.reading` gives them (a row per
             routed token for an expert).
+        editing: puts the masks on for a block, in place of `hooks.editing` alone: with other rules of what a
+            gradient is.
 
     Returns:
         Gradients per row, and the rows' scores.
@@ -136,7 +144,7 @@ def mask_gradients(
         frozen(lm.model),
         lm.running(),
         torch.enable_grad(),
-        hooks.editing(lm.anatomy, {key: edit(key) for key in sizes}),
+        (editing or partial(hooks.editing, lm.anatomy))({key: edit(key) for key in sizes}),
     ):
         logits = forward(lm.model, batch, with_logits=True)
         assert logits is not None
@@ -245,17 +253,25 @@ def score_attribution(method: Attribution, run: Run) -> Scored:
     activations.
     """
     model = run.aligned
+    steps = midpoints_of(method.integrated) if method.integrated else [1.0]
+
+    def gradients(batch: Batch, rows: Sequence[ScoredRow]) -> dict[str, Tensor]:
+        return mean_of([mask_gradients(model, batch, rows, run.sizes, mask=step)[0] for step in steps])
+
+    return of_texts(method, run, gradients)
+
+
+def of_texts(
+    method: ExplainedTexts, run: Run, gradients: Callable[[Batch, Sequence[ScoredRow]], dict[str, Tensor]]
+) -> Scored:
+    """`attribute` for one model and the given texts of refusals and compliances."""
+    model = run.aligned
     encoded = model.encode(run.prompts, reserve=SCORED_TOKENS)
     sides = [method.texts["refusal"], method.texts["compliance"]]
     units = [
         explained(row.ids, *([tokens_behind(model, row.ids, text) for text in texts] for texts in sides))
         for row in encoded
     ]
-    steps = midpoints_of(method.integrated) if method.integrated else [1.0]
-
-    def gradients(batch: Batch, rows: Sequence[ScoredRow]) -> dict[str, Tensor]:
-        return mean_of([mask_gradients(model, batch, rows, run.sizes, mask=step)[0] for step in steps])
-
     values, folded = attribute(run, model, units, gradients)
     counts = PromptCounts(len(units), 0, sum(row.truncated for row in encoded)).without(len(folded.failed))
     return Scored(values, counts, folded.votes)

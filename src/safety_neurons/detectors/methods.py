@@ -485,9 +485,34 @@ class Contrast(TextOptions, Method, Voted):
         return run.text_config() | self.searched_config()
 
 
+@dataclasses.dataclass(frozen=True)
+class ExplainedTexts(Declaration):
+    """Texts whose log-odds are explained: mean log p(refusal) − mean log p(compliance)."""
+
+    refusal: str | Sequence[str] | None = None
+    """Text of a refusal. [default: built in]"""
+    compliance: str | Sequence[str] | None = None
+    """Text of a compliance. [default: built in]"""
+
+    REFUSALS: ClassVar[tuple[str, ...]] = (
+        "I'm sorry, but I can't help with that.",
+        "I cannot help with this request.",
+    )
+    COMPLIANCES: ClassVar[tuple[str, ...]] = (
+        "Sure, here is what you asked for.",
+        "Of course, here is how to do it.",
+    )
+
+    @property
+    def texts(self) -> dict[str, list[str]]:
+        """The refusals and the compliances, several of which are averaged."""
+        given = {"refusal": self.refusal or self.REFUSALS, "compliance": self.compliance or self.COMPLIANCES}
+        return {name: [texts] if isinstance(texts, str) else list(texts) for name, texts in given.items()}
+
+
 @register
 @dataclasses.dataclass(frozen=True)
-class Attribution(Method, Voted):
+class Attribution(Method, ExplainedTexts, Voted):
     """First-order effect of each neuron on the log-odds of refusing: activation times gradient.
 
     Σ over tokens of activation × gradient of mean log p(refusal) − mean log p(compliance), mean over prompts
@@ -504,27 +529,46 @@ class Attribution(Method, Voted):
     PANEL: ClassVar[str | None] = None
     DEFAULT_TOP = 0.01
 
-    refusal: str | Sequence[str] | None = None
-    """Text of a refusal. [default: built in]"""
-    compliance: str | Sequence[str] | None = None
-    """Text of a compliance. [default: built in]"""
     integrated: Annotated[int, Between(0)] = 0
     """Points at which the gradient is averaged; 0 takes it at the model itself."""
 
-    REFUSALS: ClassVar[tuple[str, ...]] = (
-        "I'm sorry, but I can't help with that.",
-        "I cannot help with this request.",
-    )
-    COMPLIANCES: ClassVar[tuple[str, ...]] = (
-        "Sure, here is what you asked for.",
-        "Of course, here is how to do it.",
-    )
+    def config(self, run: Any) -> dict[str, Any]:
+        """The texts as they are used."""
+        return super().config(run) | self.texts
 
-    @property
-    def texts(self) -> dict[str, list[str]]:
-        """The refusals and the compliances, several of which are averaged."""
-        given = {"refusal": self.refusal or self.REFUSALS, "compliance": self.compliance or self.COMPLIANCES}
-        return {name: [texts] if isinstance(texts, str) else list(texts) for name, texts in given.items()}
+
+@register
+@dataclasses.dataclass(frozen=True)
+class Relp(Method, ExplainedTexts, Voted):
+    """Relevance propagation: activation times relevance rule in place of the gradient, one model.
+
+    The score of attribution, its gradient taken by the rules of layer-wise relevance propagation: the scale
+    of a norm is a constant; an activation function f is the line through 0 and f(x); of a gated product each
+    factor gets half; the attention pattern is a constant, so that `q` and `k` score 0. Relevance is neither
+    made nor lost from the logits down to the first layer, except by biases. A soft-cap on the logits belongs
+    to the score.
+
+    Raises UnsupportedModelError: routed experts, an attention, norm or feed-forward part whose formula is not
+    proved, an output gate, an activation function that is not 0 at 0.
+
+    Source: RelP (Jafari et al., arXiv 2508.21258), with the rules of AttnLRP (Achtibat et al., ICML 2024).
+    Differs: relevance of the activation itself (towards 0) on one prompt, not of the change between two; the
+    score is the log-odds of whole texts.
+    """
+
+    NAME, SCORER = "relp", "relevance:score"
+    PANEL: ClassVar[str | None] = None
+    DEFAULT_TOP = 0.01
+    DEFAULT_SITES = ("v", "o", "gate", "up", "down")
+
+    def check(self) -> None:
+        """Also that a site is searched which relevance passes."""
+        super().check()
+        if not set(self.searched) - {"q", "k"}:
+            raise UsageError(
+                f"--sites {','.join(self.searched)}: no relevance passes through the attention pattern; "
+                "expected some of v,o,gate,up,down"
+            )
 
     def config(self, run: Any) -> dict[str, Any]:
         """The texts as they are used."""

@@ -62,6 +62,12 @@ class NormFormula:
         normed = self.without_bias(raw)
         return normed if self.bias is None else normed + self.bias.to(raw)
 
+    def held(self, raw: Float[Tensor, "token head dim"]) -> Float[Tensor, "token head dim"]:
+        """The normed state as a linear map of the raw one: no gradient flows through its scale."""
+        mean, square = self._moments(raw)
+        normed = (raw - mean) * square.rsqrt().detach() * self.weight.to(raw)
+        return normed if self.bias is None else normed + self.bias.to(raw)
+
     def change(
         self, raw: Float[Tensor, "token head dim"], delta: Float[Tensor, "token head dim"]
     ) -> NormChange:
