@@ -51,6 +51,7 @@ _HOME = {
     "find_cna": "detectors",
     "find_contrast": "detectors",
     "find_effect_size": "detectors",
+    "find_heads": "detectors",
     "find_importance": "detectors",
     "find_importance_contrast": "detectors",
     "find_mask": "detectors",

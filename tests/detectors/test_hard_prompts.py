@@ -63,6 +63,7 @@ FINDERS = {
     "contrast, prompt": lambda base, aligned, prompts: sn.find_contrast(
         base, aligned, prompts, positions="prompt"
     ),
+    "heads": lambda base, _, prompts: sn.find_heads(base, prompts),
     "importance": lambda base, _, prompts: sn.find_importance(base, prompts),
     "importance, agreement": lambda base, _, prompts: sn.find_importance(
         base, prompts, top=0.2, agreement=1.0

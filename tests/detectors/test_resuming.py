@@ -35,6 +35,7 @@ FINDERS = {
     "effect_size": lambda base, _, **kept: sn.find_effect_size(
         base, PROMPTS, harmless=HARMLESS, positions="completion", max_new_tokens=8, **kept
     ),
+    "heads": lambda base, _, **kept: sn.find_heads(base, PROMPTS, **kept),
     "importance": lambda base, _, **kept: sn.find_importance(base, PROMPTS, agreement=0.5, **kept),
     "importance, specific": lambda base, _, **kept: sn.find_importance(
         base, PROMPTS, minus={"harmless": HARMLESS, "general": MORE[:6]}, **kept

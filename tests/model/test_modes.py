@@ -94,6 +94,7 @@ CALLS: dict[str, Call] = {
         one, other, BAD, midpoints=1
     ),
     "find_contrast": lambda one, other: sn.find_contrast(one, other, BAD, max_new_tokens=3),
+    "find_heads": lambda one, _: sn.find_heads(one, BAD),
     "find_importance": lambda one, _: sn.find_importance(one, BAD),
     "find_importance_contrast": lambda one, other: sn.find_importance_contrast(one, other, BAD),
     "find_swap_attribution": lambda one, other: sn.find_swap_attribution(one, other, BAD),

@@ -247,6 +247,7 @@ def keep(session: Session, result: Any) -> dict[str, Any]:
         "prompts": dataclasses.asdict(result.prompts),
         "method": result.scores.provenance.method,
         "notes": list(result.notes),
+        **({"ranking": [list(row) for row in result.ranking]} if result.ranking else {}),
         **specific,
     }
 

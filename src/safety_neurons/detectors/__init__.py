@@ -20,6 +20,7 @@ _HOME = {
     "find_cna": "runner",
     "find_contrast": "runner",
     "find_effect_size": "runner",
+    "find_heads": "runner",
     "find_importance": "runner",
     "find_importance_contrast": "runner",
     "find_mask": "runner",

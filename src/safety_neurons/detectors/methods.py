@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import importlib
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from safety_neurons.declarations import Between, Count, Declaration, OneOf, Positive, Share, listed
@@ -194,6 +194,10 @@ class Method(Searched):
     def searched(self) -> tuple[str, ...]:
         """The sites that are searched."""
         return self.DEFAULT_SITES if self.sites is None else listed(self.sites) or ()
+
+    def unfit(self, keys: Collection[str]) -> str:  # noqa: ARG002
+        """Why it cannot score neurons of a model that has these site keys; empty where it can."""
+        return ""
 
     def config(self, run: Any) -> dict[str, Any]:
         """What decides the scores, beside models and prompts.
@@ -741,6 +745,59 @@ class EffectSize(Method, BySign, ReadOptions, Ranked):
     DEFAULT_SITES = ("down",)
 
     positions: Positions = "prompt-last"
+
+
+@dataclasses.dataclass(frozen=True)
+class WholeParts(Ranked):
+    """Scores of parts that hold many neurons: whole parts are kept unless a rule for neurons is given."""
+
+    PANEL: ClassVar[str | None] = Sized.PANEL
+    PART: ClassVar[str]
+    """What a part is called; the option with its plural says how many are kept."""
+
+    @property
+    def wanted(self) -> int | None:
+        """How many whole parts are kept; None without a word."""
+        wanted: int | None = getattr(self, f"{self.PART}s")
+        return wanted
+
+    def check(self) -> None:
+        """Also that no rule for neurons stands beside a number of parts."""
+        super().check()
+        rules = [
+            one.flag for one in self.options() if one.name in RULES and getattr(self, one.name) is not None
+        ]
+        if rules and self.wanted is not None:
+            raise UsageError(f"--{self.PART}s and {rules[0]} given together; expected one rule")
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class SafetyHeads(Method, WholeParts):
+    """Safety heads: how far the next token's distribution moves on harmful prompts without one head.
+
+    KL(as it is ‖ without the head) of the token that follows the prompt, mean over prompts: one pass a head,
+    from its layer on. A head is taken away by zeroing what it gives to the output projection, at every token;
+    keys and values of its group stay as they are. The `o` neurons of a head have its score, other sites 0.
+    Without a rule whole heads are kept, 5 % of them.
+
+    Source: Ships (Zhou et al., ICLR 2025, arXiv 2410.13708), section 3.2, with its "scaling contribution".
+    Differs: zeros at the output projection, so that heads which share keys and values are taken away one by
+    one; over several prompts the mean divergence, not the rotation of a subspace of hidden states.
+    """
+
+    NAME, SCORER, PART = "heads", "heads:score", "head"
+    PANEL: ClassVar[str | None] = None
+    DEFAULT_SITES = ("o",)
+
+    heads: Positive | None = None
+    """Keep this many whole heads. [default: 5 % of them]"""
+
+    def unfit(self, keys: Collection[str]) -> str:
+        """Without an `o` site."""
+        if "o" in self.searched and any(key.endswith(".o") for key in keys):
+            return ""
+        return f"heads scores o neurons, of which --sites {','.join(self.searched)} has none in this model"
 
 
 @register

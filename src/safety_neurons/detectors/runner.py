@@ -16,7 +16,7 @@ import torch
 
 from safety_neurons.detectors import methods
 from safety_neurons.detectors.methods import Method
-from safety_neurons.errors import NumericalError, RunError, UsageError
+from safety_neurons.errors import NumericalError, RunError, UnsupportedModelError, UsageError
 from safety_neurons.model import LanguageModel, as_prompts, check_pair
 from safety_neurons.model.batches import (
     Batch,
@@ -219,6 +219,8 @@ class Found:
     """Counted warnings, one sentence each."""
     specific: "Specific | None" = None
     """What is left beside the sets of other texts, where some were taken away."""
+    ranking: tuple[tuple[int, int, float], ...] = ()
+    """Of a method that scores parts (heads, experts): layer, number and score, the largest first."""
 
     def _repr_html_(self) -> str:
         counts = (
@@ -303,6 +305,10 @@ class Scored:
     """What the provenance says beside the options: numbers that were found on the way."""
     selection: Selection | None = None
     """Takes the place of the method's own, where the formula chose the size."""
+    members: Mapping[str, np.ndarray] | None = None
+    """The set itself, where the formula chose it."""
+    ranking: tuple[tuple[int, int, float], ...] = ()
+    """Of a method that scores parts: layer, number and score of every part, the largest first."""
 
 
 @dataclasses.dataclass
@@ -468,6 +474,7 @@ def find(
     Raises:
         MismatchError: the models have other shapes or tokenizers.
         NumericalError: NaN or infinity in a score; the message names the site.
+        UnsupportedModelError: the model has nothing that the method scores.
         UsageError: an option that is none, or of the wrong kind for the method.
     """
     checkpoint, progress, minus = (kept.pop(name, None) for name in ("checkpoint", "progress", "minus"))
@@ -479,6 +486,8 @@ def find(
     other_texts = _other_texts(method, minus)
     if method.PAIR:
         check_pair(*models)
+    if reason := method.unfit(models[0].table.keys):
+        raise UnsupportedModelError(reason)
     requests = as_prompts(prompts) if method.PROMPTS and prompts is not None else Prompts([])
     shown: Any = {name: None if text is None else as_prompts(text) for name, text in others.items()}
     state: Any = {"completions": completions, "batch_size": batch_size, "progress": progress}
@@ -617,14 +626,16 @@ def _chosen(run: Run, config: Mapping[str, Any], scored: Scored, subtract: Neuro
         },
     }
     selection = scored.selection or run.selection
-    chosen = chosen_from(scored.values, run.base.table, selection, origin, scored.votes)
+    chosen = chosen_from(
+        scored.values, run.base.table, selection, origin, scored.votes, members=scored.members
+    )
     run.notes += chosen.notes
     neurons = chosen.neurons
     if subtract is not None:
         before = len(neurons)
         neurons = NeuronSet(dict((neurons - subtract).items()), run.base.table, neurons.provenance)
         run.notes.append(f"{before - len(neurons)} of {before} chosen neurons were subtracted")
-    return Found(chosen.scores, neurons, scored.counts, tuple(run.notes))
+    return Found(chosen.scores, neurons, scored.counts, tuple(run.notes), ranking=scored.ranking)
 
 
 def chosen_from(
@@ -633,6 +644,8 @@ def chosen_from(
     selection: Selection,
     origin: Mapping[str, Any],
     votes: Votes | None = None,
+    *,
+    members: Mapping[str, np.ndarray] | None = None,
 ) -> Found:
     """Scores, and the set that a selection takes from them.
 
@@ -642,6 +655,7 @@ def chosen_from(
         selection: acts on the scores, or, with an agreement, on the votes.
         origin: entries of the provenance.
         votes: of the prompts.
+        members: the set, where it is chosen already.
 
     Raises:
         NumericalError: a score is not a number.
@@ -653,10 +667,10 @@ def chosen_from(
         "model_fingerprint": table.fingerprint,
     }
     scores, notes = Scores(finite(values), table, Provenance(kind="scores", **provenance)), []
-    if votes is None:
-        chosen: Mapping[str, np.ndarray] = {
-            key: np.flatnonzero(mask) for key, mask in selection.choose(dict(scores.items())).items()
-        }
+    if members is not None:
+        chosen = members
+    elif votes is None:
+        chosen = {key: np.flatnonzero(mask) for key, mask in selection.choose(dict(scores.items())).items()}
     else:
         chosen = votes.members(float(selection.agreement or 1.0))
         if not chosen:
@@ -745,6 +759,7 @@ find_attribution_patching = caller(methods.AttributionPatching)
 find_cna = caller(methods.Cna)
 find_contrast = caller(methods.Contrast)
 find_effect_size = caller(methods.EffectSize)
+find_heads = caller(methods.SafetyHeads)
 find_importance = caller(methods.Importance)
 find_importance_contrast = caller(methods.ImportanceContrast)
 find_mask = caller(methods.Mask)

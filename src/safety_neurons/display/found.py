@@ -251,7 +251,13 @@ def find_part(run: ReportedRun) -> DisplayPart:
         lead,
         _maps(run, cells),
         (),
-        [*specific_table(run), sites_table(cells), *([top] if top else []), cells_table(cells)],
+        [
+            *specific_table(run),
+            *ranking_table(run),
+            sites_table(cells),
+            *([top] if top else []),
+            cells_table(cells),
+        ],
         tall=tall,
     )
 
@@ -297,6 +303,25 @@ def specific_table(run: ReportedRun) -> list[Table]:
         Table(
             "Taken away: chosen on other prompts too",
             ["prompts", "number", "neurons chosen", "shared", "Jaccard"],
+            rows,
+        )
+    ]
+
+
+def ranking_table(run: ReportedRun, n: int = 25) -> list[Table]:
+    """The heads or experts with the largest scores, of a method that scores these."""
+    ranking = run.result.get("ranking")
+    if not ranking:
+        return []
+    what = visible(run.method, 40)
+    rows: list[list[Cell]] = [
+        [f"{rank}", f"{layer}", f"{number}", f"{score:.4g}"]
+        for rank, (layer, number, score) in enumerate(ranking[:n], 1)
+    ]
+    return [
+        Table(
+            f"The {len(rows)} of {len(ranking)} with the largest scores by {what}",
+            ["rank", "layer", "number", "score"],
             rows,
         )
     ]

@@ -205,8 +205,8 @@ def compare(
         for name, text in (("harmless", find_harmless), ("general", how.pop("find_general", None)))
         if text is not None
     }
-    top, sites = how.pop("top", 0.05), how.pop("sites", None)
-    methods = check_methods(how.pop("methods", None), texts)
+    top, sites, named_ones = how.pop("top", 0.05), how.pop("sites", None), how.pop("methods", None)
+    methods = check_methods(named_ones, texts)
     if not methods and truth is None:
         raise UsageError(
             "no method and no truth was given; expected one of them at least, for random sets to be like it"
@@ -218,6 +218,9 @@ def compare(
         raise UsageError("the truth is an empty set; expected at least one neuron")
     sites = tuple(sites) if sites else SITES if truth is not None else ("down",)
     sites = tuple(site for site in sites if any(parse_key(key).site == site for key in base.table.keys))
+    if named_ones is None:
+        keys = base.table.keys
+        methods = [name for name in methods if not with_options(name, sites=sites).unfit(keys)]
     everything = NeuronSet.all(base.table).only(sites=sites)
     n_units = everything.n_units
     budget = truth.n_units if truth is not None else max(1, round(top * n_units))
