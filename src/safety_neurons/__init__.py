@@ -60,6 +60,7 @@ _HOME = {
     "find_random": "detectors",
     "find_refusal_direction": "detectors",
     "find_relp": "detectors",
+    "find_routing": "detectors",
     "find_snip": "detectors",
     "find_wanda": "detectors",
     "find_swap_attribution": "detectors",

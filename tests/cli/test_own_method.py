@@ -11,7 +11,7 @@ from running import command, done, record
 
 from safety_neurons.declarations import Count
 from safety_neurons.detectors import METHODS, Method, PromptCounts, Scored, register
-from safety_neurons.detectors.methods import Ranked
+from safety_neurons.detectors.rules import Ranked
 from safety_neurons.errors import UsageError
 
 

@@ -11,7 +11,7 @@ from safety_neurons.cli import console
 from safety_neurons.cli.session import ModelName, NeuronFile, Session, default_folder, listed
 from safety_neurons.cli.verb import verb
 from safety_neurons.declarations import Declaration, Flag, OneOf, Panel, Positional, Reads
-from safety_neurons.detectors.methods import Sized
+from safety_neurons.detectors.rules import Sized
 
 PUBLISHED_Z = 3.0
 """The z-score above which NeuroStrike takes a neuron."""

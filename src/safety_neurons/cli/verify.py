@@ -28,7 +28,8 @@ from safety_neurons.cli.session import (
 )
 from safety_neurons.cli.verb import verb
 from safety_neurons.declarations import Count, Declaration, NotNegative, Panel, Positive, Reads, Share
-from safety_neurons.detectors.methods import AtSites, by_name
+from safety_neurons.detectors.methods import by_name
+from safety_neurons.detectors.rules import AtSites
 from safety_neurons.errors import InputError, UsageError
 
 

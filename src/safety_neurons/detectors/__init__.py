@@ -29,6 +29,7 @@ _HOME = {
     "find_random": "baselines",
     "find_refusal_direction": "runner",
     "find_relp": "runner",
+    "find_routing": "runner",
     "find_snip": "runner",
     "find_swap_attribution": "runner",
     "find_wanda": "runner",

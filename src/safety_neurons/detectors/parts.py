@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from safety_neurons.detectors.methods import RULES, WholeParts
+from safety_neurons.detectors.rules import RULES, WholeParts
 from safety_neurons.detectors.runner import PromptCounts, Run, Scored
 from safety_neurons.errors import UsageError
 from safety_neurons.neurons import Selection

@@ -16,6 +16,7 @@ import torch
 
 from safety_neurons.detectors import methods
 from safety_neurons.detectors.methods import Method
+from safety_neurons.detectors.rules import Ranked
 from safety_neurons.errors import NumericalError, RunError, UnsupportedModelError, UsageError
 from safety_neurons.model import LanguageModel, as_prompts, check_pair
 from safety_neurons.model.batches import (
@@ -604,9 +605,7 @@ def _resume_key(run: Run, config: Mapping[str, Any]) -> dict[str, Any]:
         "models": list(run.models),
         "prompts": run.prompts.sha256,
         # A method that has no other rule than a size searches for a set of that size.
-        "selection": run.selection.config()
-        if run.votes or not isinstance(run.method, methods.Ranked)
-        else None,
+        "selection": run.selection.config() if run.votes or not isinstance(run.method, Ranked) else None,
         "units": getattr(run.method, "units", None),
         "batch_size": run.batch_size,
     }
@@ -767,6 +766,7 @@ find_probe = caller(methods.SparseProbe)
 find_probe_weights = caller(methods.ProbeWeights)
 find_refusal_direction = caller(methods.RefusalDirection)
 find_relp = caller(methods.Relp)
+find_routing = caller(methods.RoutingContrast)
 find_snip = caller(methods.Snip)
 find_swap_attribution = caller(methods.SwapAttribution)
 find_wanda = caller(methods.Wanda)
