@@ -79,6 +79,7 @@ _HOME = {
     "rate": "results",
     "refusal_directions": "interventions",
     "repair": "tuning",
+    "rerouted": "interventions",
     "scaled": "interventions",
     "suite": "suites",
     "tune": "studies",

@@ -67,15 +67,27 @@ class VerifiedOn(JudgedBy, Some, EvaluationPrompts):
     """Judge the answers cut at 32, 64, 128, … tokens too; they are written once."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AtRouter(Declaration):
+    """How experts are turned off."""
+
+    experts: bool = False
+    """Turn whole experts off at the router, so that others take their tokens."""
+
+
 @verb("verify deactivate")
-def deactivate(session: Session, models: OneModel, verified: Verified, beside: VerifiedOn) -> dict[str, Any]:
+def deactivate(
+    session: Session, models: OneModel, verified: Verified, at: AtRouter, beside: VerifiedOn
+) -> dict[str, Any]:
     """Necessity: what the model loses while these neurons are off."""
 
     def work() -> dict[str, Any]:
         from safety_neurons.studies import verify_deactivate
 
         model = session.model(models.model)
-        return measured(session, verified, beside, model, functools.partial(verify_deactivate, model))
+        return measured(
+            session, verified, beside, model, functools.partial(verify_deactivate, model, experts=at.experts)
+        )
 
     return session.run(work)
 

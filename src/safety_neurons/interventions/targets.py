@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from safety_neurons.errors import DecodeError, NeuronError, UnsupportedModelError, UsageError
 from safety_neurons.model import LanguageModel
-from safety_neurons.model.hooks import around, editing, evaluating
+from safety_neurons.model.hooks import around, editing, evaluating, rerouting
 from safety_neurons.model.sites import Anatomy, ExpertRows
 from safety_neurons.neurons import NeuronSet
+from safety_neurons.neurons.experts import whole_experts
 
 # Views of one model share its anatomy, so that a model is never probed while another view's intervention acts
 # on it.
@@ -371,6 +372,36 @@ def deactivated(model: Any, *neuron_sets: NeuronSet | Mapping[str, Any]) -> Iter
             sizes = subject.anatomy.table.sizes
             editors = {key: _silencer(PerDevice(index, sizes[key]), subject) for key, index in chosen.items()}
             stack.enter_context(editing(subject.anatomy, editors))
+        yield model
+
+
+@contextlib.contextmanager
+def rerouted(model: Any, neurons: NeuronSet | Mapping[str, Any]) -> Iterator[Any]:
+    """Runs a mixture with whole experts off at the router, inside a ``with`` block.
+
+    The router's logits of these experts are −∞: their tokens go to the next experts, with the weights that
+    the model gives to those. (`deactivated` on the same set leaves the routing as it is, and what the experts
+    would have added is missing.)
+
+    Source: expert deactivation of SteerMoE (arXiv 2509.09660), whose logits are put below the smallest one.
+
+    Args:
+        model: A `LanguageModel` or a Hugging Face model.
+        neurons: A set that is made of all neurons of some experts.
+
+    Yields:
+        The model that was passed in.
+
+    Raises:
+        NeuronError: The set holds a part of an expert, or neurons that are no expert's.
+        UnsupportedModelError: A router that cannot be closed.
+        UsageError: Fewer experts are left than a token is sent to.
+    """
+    subject = Subject.of(model)
+    chosen = neurons if isinstance(neurons, NeuronSet) else NeuronSet(neurons)
+    chosen.check(subject.anatomy.table)
+    off = whole_experts(chosen, subject.anatomy.table)
+    with evaluating(subject.model), active(subject), rerouting(subject.anatomy, off):
         yield model
 
 

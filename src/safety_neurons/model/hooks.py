@@ -11,14 +11,16 @@ spaced.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from safety_neurons.errors import UnsupportedModelError
+from safety_neurons.errors import UnsupportedModelError, UsageError
 from safety_neurons.model.sites import (
     Anatomy,
     ExpertRows,
@@ -251,6 +253,83 @@ def with_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[
             stack.callback(_put_back, module, "forward", module.__dict__.get("forward"))
             module.forward = function
         yield
+
+
+@contextmanager
+def rerouting(anatomy: Anatomy, off: Mapping[int, Sequence[int]]) -> Iterator[None]:
+    """Set the router's logits of experts to −∞ for a block: other experts take their tokens, with the weights
+    that the model gives to what is left.
+
+    Args:
+        anatomy: of the model that will run.
+        off: experts by layer.
+
+    Raises:
+        UnsupportedModelError: a layer without routed experts; a router that is no linear map of the hidden
+            state, or that chooses an expert without looking at its logit.
+        UsageError: fewer experts are left than a token is sent to.
+    """
+    refuse_compiled(anatomy.model)
+    with ExitStack() as stack:
+        for layer, experts in off.items():
+            part = anatomy.layers[layer].experts
+            if part is None:
+                raise UnsupportedModelError(f"layer {layer} has no routed experts, so none can be turned off")
+            stack.enter_context(with_forwards({part.block: _closed(part, experts, part.block.forward)}))
+            stack.enter_context(around(part.module, before=_closed_check(part, experts)))
+        yield
+
+
+class _ClosedRouter(TorchFunctionMode):
+    """Puts −∞ into the columns of a linear map with one row of weights an expert, inside a block."""
+
+    def __init__(self, part: ExpertsAnatomy, experts: Sequence[int]) -> None:
+        super().__init__()
+        self.shape, self.experts, self.seen = (part.n_experts, part.hidden), list(experts), 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is not nn.functional.linear or len(args) < 2 or tuple(args[1].shape) != self.shape:
+            return result
+        self.seen += 1
+        return result.index_fill(-1, torch.tensor(self.experts, device=result.device), float("-inf"))
+
+
+def _closed(part: ExpertsAnatomy, experts: Sequence[int], own: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with _ClosedRouter(part, experts) as closed:
+            output = own(*args, **kwargs)
+        if closed.seen != 1:
+            raise UnsupportedModelError(
+                f"{part.module_name}: {closed.seen} linear maps look like its router, one was expected; "
+                "deactivate the experts' neurons instead"
+            )
+        return output
+
+    return forward
+
+
+def _closed_check(part: ExpertsAnatomy, experts: Sequence[int]) -> Before:
+    """No token goes to an expert that is off."""
+
+    def check(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        chosen: Tensor = [*args, *kwargs.values()][1]
+        if not bool(torch.isin(chosen, torch.tensor(list(experts), device=chosen.device)).any()):
+            return
+        left = part.n_experts - len(set(experts))
+        if left < chosen.shape[-1]:
+            raise UsageError(
+                f"layer {part.layer}: {left} of {part.n_experts} experts are left on and every token is sent "
+                f"to {chosen.shape[-1]}; turn fewer off"
+            )
+        raise UnsupportedModelError(
+            f"{part.module_name}: its router chose an expert whose logit is −∞; deactivate the experts' "
+            "neurons instead"
+        )
+
+    return check
 
 
 def _put_back(module: nn.Module, name: str, earlier: Any) -> None:

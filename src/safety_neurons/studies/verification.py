@@ -21,10 +21,11 @@ import numpy as np
 
 from safety_neurons.display import Displayed
 from safety_neurons.errors import MismatchError, NeuronError, UnsupportedModelError
-from safety_neurons.interventions import deactivated, patched
+from safety_neurons.interventions import deactivated, patched, rerouted
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.adapters import is_adapted
 from safety_neurons.neurons import NeuronSet, Scores, SiteTable, parse_key
+from safety_neurons.neurons.experts import experts_of, random_experts, whole_experts
 from safety_neurons.prompt_lists.readers import Source
 from safety_neurons.results import Difference, Effect, difference_over_seeds, holm, paired_difference
 from safety_neurons.results.estimates import GroupLabels
@@ -182,6 +183,7 @@ def verify_deactivate(
     *,
     text: Source | None = None,
     sizes: Sequence[float] = (),
+    experts: bool = False,
     **how: Unpack[How],
 ) -> Verification:
     """What the model loses without these neurons: necessity.
@@ -193,21 +195,48 @@ def verify_deactivate(
         harmless: requests it should answer.
         text: general text for perplexity.
         sizes: shares of the scored neurons; only with scores.
+        experts: turn whole experts off at the router instead (`rerouted`), beside random other experts of the
+            same layers; the ceiling has all experts silent.
         **how: `random` sets for each size, `seed`, `max_new_tokens`, `batch_size`, `completions_file` and
             `progress`; see `How`.
 
     Raises:
-        NeuronError: an empty set, or one of another model.
+        NeuronError: an empty set, one of another model, or with `experts` one that is not made of whole
+            experts.
 
     Source: Zhao et al., ICLR 2025, section 3 (deactivating safety neurons against as many random ones).
     Differs: activations are masked instead of weights overwritten; five random sets made of what the set is
     made of, an interval on the paired difference, and the ceiling beside it.
     """
-    bench = Bench.of({"model": model, "neurons": neurons}, harmful, harmless, text, **{**AUTO, **how})
-    subject = SubjectModels(
-        "deactivate", bench, model, lambda members: functools.partial(deactivated, model, members)
+    sets = _sets(neurons, sizes, model)
+    if experts:
+        for _, members in sets:
+            whole_experts(members, model.table)
+    given = {"model": model, "neurons": neurons, **({"experts": True} if experts else {})}
+    bench = Bench.of(given, harmful, harmless, text, **{**AUTO, **how})
+    treat = functools.partial(_off_at_router if experts else _off, model)
+    return _verify(
+        SubjectModels("deactivate", bench, model, treat), sets, random_experts if experts else _random_units
     )
-    return _verify(subject, _sets(neurons, sizes, model))
+
+
+def _off(model: LanguageModel, members: NeuronSet) -> functools.partial[Any]:
+    return functools.partial(deactivated, model, members)
+
+
+def _off_at_router(model: LanguageModel, members: NeuronSet) -> functools.partial[Any]:
+    """The experts at the router; all of a layer together, as in the ceiling, are silent instead."""
+    everything, off = experts_of(model.table), whole_experts(members, model.table)
+    if any(len(off[layer]) == len(everything[layer]) for layer in off):
+        return _off(model, members)
+    return functools.partial(rerouted, model, members)
+
+
+Drawn = Callable[[NeuronSet, SiteTable, int, int], list[NeuronSet]]
+
+
+def _random_units(members: NeuronSet, table: SiteTable, seed: int, n: int) -> list[NeuronSet]:
+    return members.random_like(seed, table=table, n=n)
 
 
 def verify_patch(
@@ -300,7 +329,9 @@ class SubjectModels:
         return named(outcome, effect, parts, exchanged, columns_differ(self.model, self.donor))
 
 
-def _verify(subject: SubjectModels, sets: Sequence[tuple[float, NeuronSet]]) -> Verification:
+def _verify(
+    subject: SubjectModels, sets: Sequence[tuple[float, NeuronSet]], draw: Drawn = _random_units
+) -> Verification:
     bench, table = subject.bench, subject.model.table
     sites = sorted({parse_key(key).site for _, members in sets for key in members.keys()})  # noqa: SIM118 - not a mapping
     everything, notes = _everything(
@@ -315,7 +346,7 @@ def _verify(subject: SubjectModels, sets: Sequence[tuple[float, NeuronSet]]) -> 
     points, changes = [], []
     for size, members in sets:
         treated = subject.measure(f"treated {len(members)}", members)
-        controls = members.random_like(bench.seed, table=table, n=bench.random)
+        controls = draw(members, table, bench.seed, bench.random)
         if not all(control.disjoint for control in controls):
             notes.append(
                 f"random sets of {len(members)} neurons share members with the set, which takes more "
