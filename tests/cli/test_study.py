@@ -126,6 +126,43 @@ def test_what_no_model_can_make_right_is_said_at_once(more, said):
     assert said in done.err
 
 
+def test_defences_are_one_command_with_a_figure(words, tiny_pair, tmp_path):
+    line = ["study", "defences", *words, "--text", tiny_pair.text, "--arms", "none,SN-Tune,lox"]
+    line += [
+        "--rates",
+        0.01,
+        "--steps",
+        1,
+        "--mixtures",
+        "benign",
+        "--max-perplexity",
+        1e6,
+        "--least-task=-1",
+    ]
+    done = command(*line, "--out", tmp_path / "run", "--json")
+    assert done.code == 0, done
+    assert [arm["arm"] for arm in done.json["arms"]] == ["none", "SN-Tune", "LoX"]
+    assert pathlib.Path(done.json["figure"]).read_text(encoding="utf-8").startswith("<svg")
+    shown = command(*line, "--out", tmp_path / "run").out
+    assert "does best" in shown
+    assert "LoX - SN-Tune" in shown
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("--arms=bomb", "safe-lora"),
+        ("--rates=2", "above 0 and below 1"),
+        ("--mixtures=soup", "benign, harmful"),
+        ("--steps=0", "whole numbers above 0"),
+    ],
+)
+def test_defences_that_are_none_are_said_at_once(flag, said):
+    done = command("study", "defences", "--model", "nowhere", flag)
+    assert done.code == 2
+    assert said in done.err
+
+
 @pytest.mark.parametrize(
     ("flag", "said"),
     [

@@ -110,10 +110,10 @@ VERBS = {
         ),
     ),
     "study": (
-        "tune",
+        "study",
         (
             "Whole experiments: does tuned safety outlive fine-tuning (rsn), how easily is it cut out again "
-            "(stress)."
+            "(stress), what keeps it (defences)."
         ),
     ),
     "evaluate": (

@@ -9,7 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from safety_neurons.display import analyses, compared, doses, evaluated, found, guards, verified
+from safety_neurons.display import analyses, compared, defended, doses, evaluated, found, guards, verified
 from safety_neurons.display.parts import (
     DisplayPart,
     Figure,
@@ -77,6 +77,7 @@ DISPLAYS: Mapping[str, Display] = {
     "repair": Display("tuned", evaluated.repair_part),
     "study-rsn": Display("lasting", evaluated.rsn_part),
     "study-stress": Display("lasting", evaluated.stress_part),
+    "study-defences": Display("lasting", defended.defences_part, defended.defences_findings),
     "evaluate": Display(
         "evaluated",
         evaluated.evaluate_part,

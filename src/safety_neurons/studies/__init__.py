@@ -3,6 +3,7 @@
 from safety_neurons.studies.attacks import Attack, stress
 from safety_neurons.studies.bench import Arm, ArmOutcome, Bench, Writing, contrast
 from safety_neurons.studies.comparison import Comparison, MethodResult, Ranking, compare, rank
+from safety_neurons.studies.defences import DEFENCES, Grid, defences
 from safety_neurons.studies.evaluation import Evaluation, evaluate
 from safety_neurons.studies.examination import Check, Examination, doctor
 from safety_neurons.studies.groups import (
@@ -29,6 +30,7 @@ from safety_neurons.studies.vocabulary import Card, Cards, strongest, vocabulary
 
 __all__ = [
     "ARMS",
+    "DEFENCES",
     "Arm",
     "ArmOutcome",
     "Attack",
@@ -41,6 +43,7 @@ __all__ = [
     "CrossPatching",
     "Evaluation",
     "Examination",
+    "Grid",
     "Groups",
     "Lab",
     "LanguageMatrix",
@@ -60,6 +63,7 @@ __all__ = [
     "contrast",
     "cross_patch",
     "deactivation_matrix",
+    "defences",
     "doctor",
     "evaluate",
     "find_by_group",

@@ -11,7 +11,7 @@ again?
 4. Numbers are means over seeds and prompts, with the worst seed; differences between arms are paired over
     seeds and prompts.
 
-`attacks` and `defences` are measured in the same lab.
+`stress` (attacks.py) and `defences` are measured in the same lab.
 """
 
 import contextlib
@@ -524,6 +524,8 @@ class FineTuning:
     """Examples a step."""
     seed: int = 0
     """Of the order of examples and of the LoRA's first factor."""
+    frozen: Sequence[int] = ()
+    """Numbers of layers whose parameters stay as they are, a LoRA's included."""
 
     def rate(self, highest: float, step: int) -> float:
         """The learning rate of a step: a short warm-up, then a straight decay."""
@@ -559,10 +561,13 @@ def fine_tune(
         raise UsageError(f"downstream {how.how!r}: expected full or lora")
     examples = tuning_examples(prompts, model, kind="harmless")
     plain = model.model
+    layers = [layer.module for layer in model.anatomy.layers]
     if how.how == "lora":
         model.model = _with_lora(plain, how.seed)
     else:
         plain.requires_grad_(True)
+    for number in how.frozen:
+        layers[number].requires_grad_(False)
     parameters = [parameter for parameter in model.model.parameters() if parameter.requires_grad]
     order = _order(len(examples), how.steps * how.batch_size, how.seed)
 
