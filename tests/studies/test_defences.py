@@ -107,7 +107,7 @@ def test_frozen_layers_hold_most_of_the_set_and_stay(model):
     more = NeuronSet({"layers.1.up": range(9), "layers.0.up": [0]}, model.table)
     assert layers_to_freeze(model, more, 0.5, first=False) == (1,)
     with pytest.raises(UsageError, match="share"):
-        layers_to_freeze(model, neurons, 0, first=True)
+        layers_to_freeze(model, neurons, 0.0, first=True)
     for how in ("full", "lora"):
         other = twin(model)
         fine_tune(other, TASK, how=how, steps=2, learning_rate=1e-2, batch_size=2, frozen=(1,))
@@ -130,7 +130,7 @@ def test_a_mixture_has_its_share_of_others():
 
 
 def test_points_out_of_bounds_say_why():
-    grid = Grid(max_perplexity=2, least_task=-0.1)
+    grid = Grid(max_perplexity=2.0, least_task=-0.1)
 
     def row(perplexity, task):
         return {"perplexity": {"value": perplexity}, "task": None if task is None else {"value": task}}
@@ -151,7 +151,7 @@ def test_every_defence_stands_the_grid_and_a_killed_study_goes_on(tiny_pair, tmp
     tuning = {"epochs": 1, "mix": 1.0, "max_steps": 1}
     plan = Plan(REFUSALS, ANSWERS, TASK, seeds=(0,), tuning=tuning, how="lora", batch_size=2)
     lab = Lab(REFUSALS[:2], ANSWERS[:1], Prompts.from_list(["the cake is red ."]), TASK, max_new_tokens=2)
-    grid = Grid((1e-2,), (1,), ("harmful",), GOING_ALONG, max_perplexity=1e9, least_task=-1)
+    grid = Grid((1e-2,), (1,), ("harmful",), GOING_ALONG, max_perplexity=1e9, least_task=-1.0)
     before = base_hash(model, NeuronSet.all(model.table))
     told = []
     found = defences(model, sets, plan, grid, lab, cache=Cache(tmp_path.joinpath), tell=told.append)

@@ -149,7 +149,7 @@ def test_the_same_seed_trains_the_same(model):
 
 
 def test_stress_attacks_both_states_in_every_way(model, sets, lab, tmp_path):
-    attack = Attack((0.5, 1.0), ANSWERS, (1, 2), (1, 2), 1e-2, 2, directions=(1, 2), scales=(0, 0.5))
+    attack = Attack((0.5, 1.0), ANSWERS, (1, 2), (1, 2), 1e-2, 2, directions=(1, 2), scales=(0.0, 0.5))
     before = base_hash(model, NeuronSet.all(model.table))
     found = stress(model, sets, plan(), attack, lab, cache=Cache(tmp_path.joinpath))
     amounts = {}
