@@ -17,6 +17,7 @@ import uvicorn
 from safety_neurons.guard.server import Limits, Service, Settings
 from safety_neurons.guard.server.app import Service as _Service
 from safety_neurons.guard.server.door import Drift, Metrics
+from safety_neurons.guard.server.envelopes import Answered, ResponsesEnvelope, Spent
 from safety_neurons.guard.server.serving import Server, bound
 from waiting import HANG, until
 
@@ -185,12 +186,35 @@ class Upstream:
         if self.mode in plain:
             await _reply(send, plain[self.mode][0], plain[self.mode][1])
             return
-        text = "echo: " + str(request["messages"][-1]["content"])
+        if scope["path"] == "/v1/responses":
+            await self._respond(send, request)
+            return
+        asked = request.get("prompt") or [request["messages"][-1]["content"]]
+        texts = [f"echo: {text}" for text in ([asked] if isinstance(asked, str) else asked)]
         await (
-            self._stream(send, request, text)
+            self._stream(send, request, texts[0])
             if request.get("stream")
-            else _reply(send, 200, _whole(request, text))
+            else _reply(send, 200, _whole(request, texts))
         )
+
+    async def _respond(self, send: Any, request: Any) -> None:
+        """Responses in the shapes of the server's own, which the client checks."""
+        envelope = ResponsesEnvelope(request["model"], {})
+        answer = Answered(f"echo: {request['input']}")
+        if not request.get("stream"):
+            await _reply(send, 200, envelope.whole([answer], Spent(1, 1)))
+            return
+        words = answer.text.split(" ")
+        parts = [word if number == 0 else f" {word}" for number, word in enumerate(words)]
+        events = [envelope.opening(), *(envelope.piece(0, part) for part in parts)]
+        kind = [(b"content-type", b"text/event-stream")]
+        await send({"type": "http.response.start", "status": 200, "headers": kind})
+        for event in events:
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+        if self.mode == "break":
+            raise RuntimeError("gone")
+        end = envelope.closing(0, answer) + envelope.ending(Spent(1, 1))
+        await send({"type": "http.response.body", "body": end})
 
     async def _stream(self, send: Any, request: Any, text: str) -> None:
         await send(
@@ -201,35 +225,44 @@ class Upstream:
             }
         )
         for number, word in enumerate(text.split(" ")):
-            piece = {"content": word if number == 0 else f" {word}"}
+            piece = word if number == 0 else f" {word}"
             await _event(send, _chunk(request, piece, None))
             if self.mode == "break" and number == 1:
                 raise RuntimeError("gone")
-        await _event(send, _chunk(request, {}, "stop"))
+        await _event(send, _chunk(request, "", "stop"))
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
 
 
-def _whole(request: Any, text: str) -> dict[str, Any]:
-    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+def _whole(request: Any, texts: Sequence[str]) -> dict[str, Any]:
+    several = [text for text in texts for _ in range(request.get("n") or 1)]
+    chat = "messages" in request
+    choices = [
+        {
+            "index": index,
+            **({"message": {"role": "assistant", "content": text}} if chat else {"text": text}),
+            "finish_reason": "stop",
+        }
+        for index, text in enumerate(several)
+    ]
     usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
     return {
         "id": "chatcmpl-1",
-        "object": "chat.completion",
+        "object": "chat.completion" if chat else "text_completion",
         "created": 1,
         "model": request["model"],
-        "choices": [choice],
+        "choices": choices,
         "usage": usage,
     }
 
 
-def _chunk(request: Any, delta: Any, reason: Any) -> dict[str, Any]:
-    choice = {"index": 0, "delta": delta, "finish_reason": reason}
+def _chunk(request: Any, text: str, reason: Any) -> dict[str, Any]:
+    said = {"delta": {"content": text} if text else {}} if "messages" in request else {"text": text}
     return {
         "id": "chatcmpl-1",
-        "object": "chat.completion.chunk",
+        "object": "chat.completion.chunk" if "messages" in request else "text_completion",
         "created": 1,
         "model": request["model"],
-        "choices": [choice],
+        "choices": [{"index": 0, **said, "finish_reason": reason}],
     }
 
 

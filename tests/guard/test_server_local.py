@@ -164,7 +164,7 @@ def test_sampling_follows_its_seed_and_stop_texts_end_an_answer(client):
 @pytest.mark.parametrize(
     "field",
     [
-        {"n": 2},
+        {"n": 65},
         {"logprobs": True},
         {"tools": [{"type": "function"}]},
         {"chat_template": "x"},

@@ -38,6 +38,8 @@ def document(address):
 
 ROUTES = (
     ("POST", "/v1/chat/completions"),
+    ("POST", "/v1/completions"),
+    ("POST", "/v1/responses"),
     ("POST", "/v1/moderations"),
     ("POST", "/classify"),
     ("POST", "/beta/litellm_basic_guardrail_api"),
@@ -68,6 +70,8 @@ def test_the_document_names_every_route_its_shapes_and_the_token(document):
     posts = {path for path, operations in document["paths"].items() if "post" in operations}
     assert posts == {
         "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/responses",
         "/v1/moderations",
         "/classify",
         "/beta/litellm_basic_guardrail_api",

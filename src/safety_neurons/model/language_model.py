@@ -263,30 +263,35 @@ class LanguageModel:
             ModelError: There is no tokenizer, or no room for a prompt.
         """
         tokenizer = require_tokenizer(self.tokenizer)
-        encoded = []
-        for prompt in as_prompts(prompts):
-            text = self.template.render(tokenizer, prompt, self.notes)
-            ids = encode_text(tokenizer, text, templated=self.template.kind != "none")
-            if not ids:
-                raise InputError(
-                    f"prompt {prompt.id!r} has no tokens: expected text; drop empty prompts or choose a "
-                    "template"
-                )
-            if max(ids) >= self.n_ids:
-                raise MismatchError(
-                    f"the tokenizer gives id {max(ids)} and the model has {self.n_ids} embeddings: "
-                    "they do not belong together"
-                )
-            fitting = self._fit(ids, reserve)
-            encoded.append(
-                Encoded(
-                    prompt.id,
-                    fitting,
-                    truncated=len(fitting) < len(ids),
-                    thinking=self.template.opens_thinking(text),
-                )
+        templated = self.template.kind != "none"
+        return [
+            self._encoded(prompt, self.template.render(tokenizer, prompt, self.notes), templated, reserve)
+            for prompt in as_prompts(prompts)
+        ]
+
+    def encode_raw(self, prompts: Texts) -> list[Encoded]:
+        """Token ids of prompts' texts as they are, to be gone on with: no template, one BOS where the
+        tokenizer adds one.
+
+        Raises:
+            As `encode`.
+        """
+        return [self._encoded(prompt, prompt.text, True, 0) for prompt in as_prompts(prompts)]
+
+    def _encoded(self, prompt: Prompt, text: str, templated: bool, reserve: int) -> Encoded:
+        ids = encode_text(require_tokenizer(self.tokenizer), text, templated=templated)
+        if not ids:
+            raise InputError(
+                f"prompt {prompt.id!r} has no tokens: expected text; drop empty prompts or choose a template"
             )
-        return encoded
+        if max(ids) >= self.n_ids:
+            raise MismatchError(
+                f"the tokenizer gives id {max(ids)} and the model has {self.n_ids} embeddings: "
+                "they do not belong together"
+            )
+        fitting = self._fit(ids, reserve)
+        cut, thinking = len(fitting) < len(ids), self.template.opens_thinking(text)
+        return Encoded(prompt.id, fitting, truncated=cut, thinking=thinking)
 
     def encode_answer(self, prompt: Prompt, answer: str) -> tuple[list[int], list[int], list[int]]:
         """Token ids of a prompt as `encode` gives them, of an answer behind it, and of what the template

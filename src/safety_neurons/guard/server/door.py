@@ -337,6 +337,8 @@ OPEN = frozenset({"/healthz", "/readyz"})
 ROUTES = frozenset(
     [
         "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/responses",
         "/v1/moderations",
         "/v1/models",
         "/classify",

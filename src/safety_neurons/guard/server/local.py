@@ -54,9 +54,10 @@ class Decode:
 
 @dataclass(frozen=True)
 class Admission:
-    """The guard's verdict, before the first token."""
+    """The guard's verdict, before the first token, and whether it holds the answer back."""
 
     verdict: Verdict
+    held: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,11 @@ class Ended:
     reason: str
     prompt_tokens: int = 0
     tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RawPrompt(Prompt):
+    """A text that is fed as it is, without a template."""
 
 
 class LocalAnswer:
@@ -261,7 +267,7 @@ class LocalWriter:
         if row.limit < 1 and not held:
             row.job.tell(too_long(row.n_prompt, row.n_prompt - 1))
             return False
-        row.job.tell(Admission(verdict))
+        row.job.tell(Admission(verdict, held))
         row.job.ended = held
         return not held
 
@@ -297,7 +303,8 @@ class Bound:
             if prompt.answer is not None:
                 question, ids, _ = self.guard.bound.encode_answer(prompt, prompt.answer)
                 return AnswerTokens(prompt, tuple(question), tuple(ids))
-            encoded = self.guard.encode(prompt)
+            raw = isinstance(prompt, RawPrompt)
+            encoded = self.guard.bound.encode_raw([prompt])[0] if raw else self.guard.encode(prompt)
         except (TypeError, ValueError, KeyError) as error:
             raise InputError(f"the tokenizer cannot take the prompt ({type(error).__name__})") from error
         if self._most is not None and len(encoded.ids) > self._most:

@@ -4,10 +4,8 @@ to read.
 
 import json
 import re
-import secrets
-import time
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
@@ -391,65 +389,6 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "value")
 
 
-DONE = b"data: [DONE]\n\n"
-
-
-@dataclass(frozen=True)
-class Envelope:
-    """What all pieces of one answer share.
-
-    Attributes:
-        model: As the client named it.
-        id: Of the answer.
-        created: Seconds since 1970.
-    """
-
-    model: str
-    id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(12)}")
-    created: int = field(default_factory=lambda: int(time.time()))
-
-    def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
-
-    def whole(self, text: str, reason: str, usage: Mapping[str, int]) -> dict[str, Any]:
-        """A complete answer."""
-        message = {"role": "assistant", "content": text, "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": reason}
-        return {**self._head("chat.completion"), "choices": [choice], "usage": dict(usage)}
-
-    def piece(
-        self, delta: Mapping[str, Any], reason: str | None = None, *, with_usage: bool = False
-    ) -> bytes:
-        """One event of a stream."""
-        choice = {"index": 0, "delta": dict(delta), "logprobs": None, "finish_reason": reason}
-        record = {**self._head("chat.completion.chunk"), "choices": [choice]}
-        return event({**record, "usage": None} if with_usage else record)
-
-    def usage(self, usage: Mapping[str, int]) -> bytes:
-        """The event that counts tokens, after the last choice."""
-        return event({**self._head("chat.completion.chunk"), "choices": [], "usage": dict(usage)})
-
-    def refused(self, text: str, usage: Mapping[str, int] | None) -> Sequence[bytes]:
-        """A refusal as a stream."""
-        with_usage = usage is not None
-        events = [
-            self.piece({"role": "assistant", "content": "", "refusal": None}, with_usage=with_usage),
-            self.piece({"content": text}, with_usage=with_usage),
-            self.piece({}, "content_filter", with_usage=with_usage),
-        ]
-        return [*events, *([self.usage(usage)] if usage is not None else []), DONE]
-
-
-def event(record: Mapping[str, Any]) -> bytes:
-    """A server-sent event."""
-    return b"data: " + json.dumps(record, ensure_ascii=False).encode() + b"\n\n"
-
-
-def usage(prompt: int = 0, completion: int = 0) -> dict[str, int]:
-    """Counts of tokens."""
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
-
-
 class Streamed(Response):
     """An answer that is sent as it comes. The door watches the client, so nothing here does.
 
@@ -519,7 +458,9 @@ SETTINGS = frozenset(
         "chat_template_kwargs",
     ]
 )
-"""Fields of a chat request that may hold a number or a word, and nothing that a model could follow."""
+"""Fields of a chat request or a completion that may hold a number or a word, and nothing that a model could
+follow.
+"""
 _OF_THE_TEMPLATE = frozenset(
     [
         "messages",
@@ -549,7 +490,67 @@ READ = (
     "model",
 )
 """Fields that may hold text which a model reads: each is judged by itself."""
-KNOWN = SETTINGS | {*READ, "messages", "stream_options"}
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Fields that the bodies of a route may have.
+
+    Attributes:
+        own: What the conversation or text is made of, and what the server itself follows.
+        settings: May hold a number or a word, and nothing that a model could follow.
+        read: May hold text which a model reads: each is judged by itself.
+        elsewhere: Name text that lies at an upstream, which the guard has not read.
+    """
+
+    own: frozenset[str]
+    settings: frozenset[str] = SETTINGS
+    read: tuple[str, ...] = READ
+    elsewhere: frozenset[str] = frozenset()
+
+    @property
+    def known(self) -> frozenset[str]:
+        """All that are passed on."""
+        return self.own | self.settings | {*self.read}
+
+
+CHAT_FIELDS = Fields(frozenset({"messages", "stream_options"}))
+COMPLETION_FIELDS = Fields(
+    frozenset({"prompt", "stream_options"}),
+    SETTINGS | {"echo", "best_of"},
+    ("suffix", "stop", "user", "model"),
+)
+RESPONSES_FIELDS = Fields(
+    frozenset({"input", "instructions", "stream_options"}),
+    frozenset(
+        [
+            "max_output_tokens",
+            "max_tool_calls",
+            "temperature",
+            "top_p",
+            "top_logprobs",
+            "stream",
+            "store",
+            "background",
+            "parallel_tool_calls",
+            "service_tier",
+            "truncation",
+            "reasoning",
+        ]
+    ),
+    (
+        "tools",
+        "tool_choice",
+        "text",
+        "include",
+        "user",
+        "metadata",
+        "safety_identifier",
+        "prompt_cache_key",
+        "model",
+    ),
+    frozenset({"previous_response_id", "conversation", "prompt"}),
+)
 _LABELS = ("user", "metadata", "safety_identifier", "prompt_cache_key")
 _SAY_NOTHING: tuple[Any, ...] = (
     None,
@@ -560,6 +561,7 @@ _SAY_NOTHING: tuple[Any, ...] = (
     {},
     {"type": "text"},
     {"type": "json_object"},
+    {"format": {"type": "text"}},
 )
 _MOST_TEXTS = 1024
 _PART_FIELDS = {"type", "text", "refusal", "annotations", "cache_control", "prompt_cache_breakpoint"}
@@ -594,7 +596,9 @@ _JOINTS = re.compile(r"[_\-.,:;/+*~|=&\u00ad\u200b-\u200d\u2060\ufeff]+|(?<=[a-z
 _SPECIAL_TOKEN = re.compile(r"</?\|?[A-Za-z_]{1,16}\|?>|\[/?[A-Z_]{1,16}\]")
 
 
-def conversation(turns: Sequence[Turn], limit: int) -> list[RequestReading]:
+def conversation(
+    turns: Sequence[Turn], limit: int, places: Sequence[str] | None = None
+) -> list[RequestReading]:
     """How the guard reads a conversation: as a whole, turn by turn, and what a message holds beside its
     content by itself.
 
@@ -604,6 +608,7 @@ def conversation(turns: Sequence[Turn], limit: int) -> list[RequestReading]:
     Args:
         turns: At least one.
         limit: Turns that are taken.
+        places: What the turns are called in the request; `messages[0]`, … where that is not given.
 
     Raises:
         Problem: More turns than are taken, or something that is no text.
@@ -615,9 +620,10 @@ def conversation(turns: Sequence[Turn], limit: int) -> list[RequestReading]:
             "too_many_messages",
             param="messages",
         )
+    called = places or [f"messages[{place}]" for place in range(len(turns))]
     messages = tuple(
-        Message(ROLES.get(turn.role, turn.role), said(turn, f"messages[{place}]"))
-        for place, turn in enumerate(turns)
+        Message(ROLES.get(turn.role, turn.role), said(turn, place))
+        for turn, place in zip(turns, called, strict=True)
     )
     whole = Prompt(id="0", text=request_of(messages) or messages[-1].content, messages=messages)
     try:
@@ -628,8 +634,8 @@ def conversation(turns: Sequence[Turn], limit: int) -> list[RequestReading]:
         *found,
         *_alone(
             [
-                (f"messages[{place}]", text)
-                for place, turn in enumerate(turns)
+                (place, text)
+                for turn, place in zip(turns, called, strict=True)
                 for text in _beside_content(turn, place)
             ]
         ),
@@ -656,12 +662,12 @@ def _content(turn: Turn, place: str) -> list[str]:
     )
 
 
-def _beside_content(turn: Turn, place: int) -> Iterator[str]:
+def _beside_content(turn: Turn, place: str) -> Iterator[str]:
     """The parts and the fields of a message, each by itself: which of them a model is shown is up to its
     template.
     """
     extra = turn.model_extra or {}
-    parts = _content(turn, f"messages[{place}]")
+    parts = _content(turn, place)
     if len(parts) > 1:
         yield from parts
         # Many templates put nothing between parts, so that half a word in each of two is a word to the model.
@@ -698,12 +704,15 @@ def text_of(part: Part, place: str) -> str:
     return "\n".join(texts)
 
 
-def beside(request: Mapping[str, Any], passed: Iterable[str] = ()) -> list[RequestReading]:
-    """Further texts of a chat request that a model may read, each by itself.
+def beside(
+    request: Mapping[str, Any], passed: Iterable[str] = (), fields: Fields = CHAT_FIELDS
+) -> list[RequestReading]:
+    """Further texts of a request that a model may read, each by itself.
 
     Args:
         request: The body.
         passed: Fields that the operator lets through unread.
+        fields: Those of the route.
 
     Raises:
         Problem: A field that is not known. A chat template in a request, say, would be a prompt that the
@@ -711,19 +720,22 @@ def beside(request: Mapping[str, Any], passed: Iterable[str] = ()) -> list[Reque
     """
     unread = set(passed)
     strange = sorted(
-        name for name, value in request.items() if name not in KNOWN | unread and value is not None
+        name for name, value in request.items() if name not in fields.known | unread and value is not None
     )
     strange += strange_options(request)
     if strange:
         name = strange[0][:64]
+        why = "is not known, so the guard cannot tell whether it holds a prompt"
+        if name in fields.elsewhere:
+            why = "names text that this request does not hold, so the guard cannot read it"
         raise Problem(
             400,
-            f"field {name!r} is not known, so the guard cannot tell whether it holds a prompt; leave it out",
+            f"field {name!r} {why}; leave it out",
             "unknown_parameter",
             param=name,
         )
     wordy = next(
-        (name for name in sorted(SETTINGS - unread) if not _is_setting(name, request.get(name))), None
+        (name for name in sorted(fields.settings - unread) if not _is_setting(name, request.get(name))), None
     )
     if wordy is not None:
         raise Problem(
@@ -732,8 +744,8 @@ def beside(request: Mapping[str, Any], passed: Iterable[str] = ()) -> list[Reque
             "invalid_value",
             param=wordy,
         )
-    fields = [name for name in READ if name not in unread and not _says_nothing(name, request.get(name))]
-    return _alone([(name, text) for name in fields for text in texts_in(request[name])])
+    read = [name for name in fields.read if name not in unread and not _says_nothing(name, request.get(name))]
+    return _alone([(name, text) for name in read for text in texts_in(request[name])])
 
 
 def strange_options(request: Mapping[str, Any]) -> list[str]:
@@ -836,6 +848,8 @@ def _is_setting(name: str, value: Any) -> bool:
             and _is_setting("", one)
             for argument, one in value.items()
         )
+    if name == "reasoning" and isinstance(value, dict):
+        return all(re.fullmatch(r"[a-z_]{1,32}", one) and _is_setting("", how) for one, how in value.items())
     if name == "modalities" and isinstance(value, list):
         return all(one in ("text", "audio") for one in value) and len(value) <= 2
     return (

@@ -14,8 +14,8 @@ from safety_neurons.model.chat_server import is_local
 LARGEST = 1 << 26
 """Bytes of an answer that are passed on; a longer one is cut off with an error."""
 _CONNECT_SECONDS = 5.0
-_LONGEST = 16
-"""Bytes of a line that tell whether it is `data: [DONE]`."""
+_LONGEST = 40
+"""Bytes of a line that tell whether it is `data: [DONE]`, or the name of an event that ends an answer."""
 _PASSED_ON = ("retry-after", "openai-processing-ms")
 
 
@@ -58,26 +58,31 @@ class Upstream:
         """Its list of models."""
         return await self._whole("GET", "/models", None)
 
-    async def chat(self, body: Mapping[str, Any]) -> tuple[int, dict[str, str], bytes]:
-        """Its answer to a conversation: status, headers, body. Errors come in the shape of the OpenAI API.
+    async def whole(self, path: str, body: Mapping[str, Any]) -> tuple[int, dict[str, str], bytes]:
+        """Its answer to a request: status, headers, body. Errors come in the shape of the OpenAI API.
 
         Raises:
             Problem: 502 where it cannot be reached or answers something else, 504 where it is silent.
         """
-        return await self._whole("POST", "/chat/completions", body)
+        return await self._whole("POST", path, body)
 
     async def stream(
-        self, body: Mapping[str, Any]
+        self, path: str, body: Mapping[str, Any], ends: frozenset[bytes] = frozenset()
     ) -> tuple[int, dict[str, str], AsyncGenerator[bytes, None]]:
-        """Its answer to a conversation as it comes; an error comes whole.
+        """Its answer to a request as it comes; an error comes whole.
 
-        Where it breaks off, the last event is an error and there is no `[DONE]`, so nobody takes a part for
-        the whole.
+        Where it breaks off, the last event is an error and none of those that end an answer, so nobody takes
+        a part for the whole.
+
+        Args:
+            path: Behind its address.
+            body: Of the request.
+            ends: Names of events that end an answer, beside `[DONE]`.
 
         Raises:
-            Problem: As for `chat`.
+            Problem: As for `whole`.
         """
-        response = await self._sent("POST", "/chat/completions", body)
+        response = await self._sent("POST", path, body)
         streamed = response.headers.get("content-type", "").startswith("text/event-stream")
         if response.status_code != 200 or not streamed:
             try:
@@ -85,7 +90,7 @@ class Upstream:
             finally:
                 await response.aclose()
             return status, headers, _once(whole)
-        return 200, _kept(response), self._pieces(response)
+        return 200, _kept(response), self._pieces(response, ends)
 
     async def _whole(
         self, method: str, path: str, body: Mapping[str, Any] | None
@@ -118,8 +123,8 @@ class Upstream:
             raise self._problem(error) from None
         return b"".join(parts)
 
-    async def _pieces(self, response: httpx.Response) -> AsyncGenerator[bytes, None]:
-        size, events = 0, Events()
+    async def _pieces(self, response: httpx.Response, ends: frozenset[bytes]) -> AsyncGenerator[bytes, None]:
+        size, events = 0, Events(ends)
         problem: Problem | None = None
         try:
             async for part in response.aiter_raw():
@@ -178,14 +183,19 @@ class Upstream:
 
 class Events:
     """Finds the end of a stream of server-sent events: an event whose data is `[DONE]`, not these letters
-    inside a text.
+    inside a text; or one of a name that is an end.
 
     Attributes:
         between: Whether the last event is complete.
+
+    Args:
+        ends: Names of events that end an answer.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ends: frozenset[bytes] = frozenset()) -> None:
         self.between = True
+        self._ends = frozenset(b"event: " + name for name in ends)
+        self._ending = False
         self._line = b""
         self._data: list[bytes] = []
         self._done = self._half_break = False
@@ -209,8 +219,9 @@ class Events:
 
     def _end_line(self, line: bytes) -> None:
         self._line, self.between = b"", not line
+        self._ending = self._ending or line in self._ends
         if not line:
-            self._done = self._done or self._data == [b"[DONE]"]
+            self._done = self._done or self._data == [b"[DONE]"] or self._ending
             self._data = []
         self._data = [*self._data, *_data_of(line)][:2]
 
