@@ -1,5 +1,5 @@
-"""Completions, responses and several choices, asked with the client people use, by the local model and in front
-of an upstream.
+"""Completions, responses and several choices, asked with the client people use, of the local model and in
+front of an upstream.
 """
 
 import json
@@ -175,7 +175,7 @@ def test_responses_are_the_chats_answers(client, strict):
         ("completions", {"prompt": "help", "echo": True}, "echo"),
         ("completions", {"prompt": "help", "logprobs": 0}, "logprobs"),
         ("completions", {"prompt": "help", "suffix": "end"}, "suffix"),
-        ("completions", {"prompt": [[1, 2]]}, "prompt[0]"),
+        ("completions", {"prompt": [[1, 2]]}, "prompt"),
         ("completions", {"prompt": ["help"] * 40, "n": 2}, "n"),
         ("completions", {"prompt": "help", "max_tokens": 33}, "max_tokens"),
         ("responses", {"input": "help", "previous_response_id": "resp_1"}, "previous_response_id"),
