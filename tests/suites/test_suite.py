@@ -208,6 +208,56 @@ def test_suites_that_guards_are_measured_on_keep_their_labels(tmp_path, name, fi
     assert suite(f"{name}-unsafe", folder=tmp_path).prompts.texts == ["request 0"]
 
 
+def lines(*rows):
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def test_labels_of_several_columns_make_one(tmp_path):
+    """Rows made up, under the column names of the originals."""
+    rows = [
+        {"prompt": "a", "S": 0, "H": 1, "V": 0},
+        {"prompt": "b", "S": 0, "V2": 0},
+        {"prompt": "c", "S": None, "SH": 1},
+        {"prompt": "d"},
+    ]
+    write(tmp_path / "samples-1680.jsonl.gz", gzip.compress(lines(*rows)))
+    found = suite("openai-mod", folder=tmp_path, offline=True).prompts
+    assert [prompt.meta["kind"] for prompt in found] == ["harmful", "harmless", "harmful", "harmless"]
+    votes = [
+        ("user_message", ["Safe", "Violence", "Safe", None, None]),
+        ("user_message", ["Safe", "Needs Caution", None, None, None]),
+        ("llm_response", ["Violence"] * 5),
+        ("user_message", ["Hate/Identity Hate, Profanity", "Safe", "Violence", "None", ""]),
+    ]
+    names = ["text", "text_type", "labels_0", "labels_1", "labels_2", "labels_3", "labels_4"]
+    body = [[f"request {number}", kind, *given] for number, (kind, given) in enumerate(votes)]
+    write(tmp_path / "aegis-1-test.csv", table(names, body))
+    found = suite("aegis-1", folder=tmp_path, offline=True).prompts
+    assert found.texts == ["request 0", "request 1", "request 3"]
+    assert [prompt.meta["kind"] for prompt in found] == ["harmless", "harmful", "harmful"]
+
+
+def test_suites_of_answers_keep_each_with_its_label(tmp_path):
+    """Rows made up, under the column names of the originals."""
+    answered = [
+        {"prompt": "how", "response": "so", "category": {"violence": True}, "is_safe": False},
+        {"prompt": "how", "response": "no", "category": {"violence": False}, "is_safe": True},
+    ]
+    write(tmp_path / "beavertails-30k-test.jsonl.gz", gzip.compress(lines(*answered)))
+    pair = {"prompt": "why", "response_0": "because", "response_1": "never", "better_response_id": 0}
+    labels = {"is_response_0_safe": True, "is_response_1_safe": False, "safer_response_id": 0}
+    write(tmp_path / "safe-rlhf-test.jsonl", lines({**pair, **labels}))
+    for name, expected in (
+        ("beavertails", [("how", "so", "harmful"), ("how", "no", "harmless")]),
+        ("safe-rlhf", [("why", "because", "harmless"), ("why", "never", "harmful")]),
+    ):
+        found = suite(name, folder=tmp_path, offline=True).prompts
+        assert [(one.text, one.answer, one.meta["kind"]) for one in found] == expected
+        assert len({one.group for one in found}) == 1
+        assert len({one.id for one in found}) == 2
+        assert len(suite(f"{name}-unsafe", folder=tmp_path, offline=True).prompts) == 1
+
+
 def test_files_of_ones_own_are_suites_too(tmp_path):
     path = write(tmp_path / "mine.csv", table(["question", "answer"], PAIRS))
     found = suite(path, kind="harmless")

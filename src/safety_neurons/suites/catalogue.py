@@ -11,7 +11,7 @@ import re
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,21 @@ class SuitePart:
 
 
 @dataclass(frozen=True)
+class SuiteVotes:
+    """Labels of several people, or for several kinds of harm, that make one.
+
+    Attributes:
+        columns: Where they stand; one that is empty is no vote.
+        safe: What a vote says that finds no harm.
+        share: Of the votes that have to find harm; 0 for any one of them.
+    """
+
+    columns: tuple[str, ...]
+    safe: tuple[str, ...]
+    share: float = 0.0
+
+
+@dataclass(frozen=True)
 class SuiteEntry:
     """One suite of the catalogue.
 
@@ -88,6 +103,10 @@ class SuiteEntry:
         wide: Languages that are columns of one table, the original's order.
         kinds: For a mixed suite, what the column `kind` says and which kind that is.
         parts: Selections that can be asked for as NAME-PART.
+        votes: What the column `kind` (`safe`, `unsafe`) is made of, where the original has several labels.
+        only: What columns of the original have to hold for a row to be taken.
+        answers: Pairs of columns, an answer and its label, of which each makes a row of its own.
+        checked: Where names of columns and files were looked up, for suites without a known hash.
     """
 
     name: str
@@ -101,6 +120,10 @@ class SuiteEntry:
     wide: tuple[str, ...]
     kinds: Mapping[str, str]
     parts: Mapping[str, SuitePart]
+    votes: SuiteVotes | None = None
+    only: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    answers: tuple[tuple[str, str], ...] = ()
+    checked: str = ""
 
     @property
     def languages(self) -> tuple[str, ...]:
@@ -228,7 +251,15 @@ def _entry(item: Mapping[str, Any]) -> SuiteEntry:
             part: SuitePart(rule["where"][0], rule["where"][1], rule.get("rows"))
             for part, rule in (item.get("parts") or {}).items()
         },
+        votes=_votes(item["votes"]) if "votes" in item else None,
+        only={column: tuple(values) for column, values in (item.get("only") or {}).items()},
+        answers=tuple((answer, label) for answer, label in item.get("answers") or ()),
+        checked=item.get("checked", ""),
     )
+
+
+def _votes(item: Mapping[str, Any]) -> SuiteVotes:
+    return SuiteVotes(tuple(item["columns"]), tuple(item["safe"]), item.get("share", 0.0))
 
 
 def _place(item: Mapping[str, Any]) -> Location:

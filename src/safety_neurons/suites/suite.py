@@ -29,6 +29,7 @@ from safety_neurons.suites.catalogue import (
     Location,
     Source,
     SuiteEntry,
+    SuiteVotes,
     Wanted,
     entries,
     find,
@@ -105,7 +106,32 @@ def table_rows(
 def _rows(entry: SuiteEntry, source: Source, notes: list[str]) -> list[Row]:
     columns = [names[0] for names in entry.columns.values()] + list(entry.wide)
     known = [name for names in entry.columns.values() for name in names] + list(entry.wide)
-    return table_rows(source, notes, columns, known)
+    return _shaped(entry, table_rows(source, notes, columns, known))
+
+
+def _shaped(entry: SuiteEntry, rows: list[Row]) -> list[Row]:
+    """One row for each request or answer that the suite labels, its label in one column."""
+    for column, values in entry.only.items():
+        rows = [row for row in rows if row.get(column) in values]
+    if entry.answers:
+        rows = [
+            {**row, "answer": row.get(answer), "kind": row.get(label)}
+            for row in rows
+            for answer, label in entry.answers
+        ]
+    if entry.votes is not None:
+        rows = [{**row, "kind": _voted(entry.votes, row)} for row in rows]
+    return rows
+
+
+def _voted(votes: SuiteVotes, row: Row) -> str:
+    """What the labels of a row say together; none at all is no label."""
+    given = [str(row[column]).strip() for column in votes.columns if row.get(column) not in (None, "")]
+    cast = [vote for vote in given if vote not in ("None", "nan")]
+    harm = sum(vote not in votes.safe for vote in cast)
+    if not cast:
+        return ""
+    return "unsafe" if harm > 0 and harm >= votes.share * len(cast) else "safe"
 
 
 def _with_header(
@@ -315,7 +341,17 @@ def _finished(
     meta |= {"target": target} if isinstance(target, str) and target.strip() else {}
     meta |= {"context": context} if isinstance(context, str) and context.strip() else {}
     meta |= {"subcategory": sub} if sub else {}
-    return replace(prompt, id=name, answer=None, category=category, language=tag, meta=meta)
+    answer = row.get("answer") if "answer" in entry.columns else None
+    meta.pop("answer", None)
+    return replace(
+        prompt,
+        id=name,
+        answer=answer if isinstance(answer, str) else None,
+        category=category,
+        language=tag,
+        meta=meta,
+        group=prompt.sha256 if entry.answers or answer is not None else prompt.group,
+    )
 
 
 def _category(category: str | None, sub: Any, *, nested: bool) -> tuple[str | None, str | None]:
@@ -350,7 +386,7 @@ class Suite:
         name: The suite's name, or the file's.
         prompts: In the file's order. Every `meta` holds `suite`, `kind`, `goal` (the bare request),
             `behavior_id` and `method` (`direct`); `target`, `context` and `subcategory` where the suite has
-            them. `answer` is never set.
+            them. `answer` is set where the suite labels answers.
         kind: `harmful` (should be refused), `harmless` (should be answered) or `mixed`.
         source: Where the file came from.
         sha256: Hashes of the files that were read.
