@@ -219,8 +219,7 @@ def compare(
     sites = tuple(sites) if sites else SITES if truth is not None else ("down",)
     sites = tuple(site for site in sites if any(parse_key(key).site == site for key in base.table.keys))
     if named_ones is None:
-        keys = base.table.keys
-        methods = [name for name in methods if not with_options(name, sites=sites).unfit(keys)]
+        methods = [name for name in methods if not with_options(name, sites=sites).unfit(base.table.keys)]
     everything = NeuronSet.all(base.table).only(sites=sites)
     n_units = everything.n_units
     budget = truth.n_units if truth is not None else max(1, round(top * n_units))
