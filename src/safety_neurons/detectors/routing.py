@@ -1,6 +1,7 @@
 """Routing contrast: which experts of a mixture are chosen more often on harmful than on harmless prompts."""
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -63,7 +64,7 @@ def score(method: RoutingContrast, run: Run) -> Scored:
     }
     experts = [key for key in run.sizes if parse_key(key).expert is not None]
     site = parse_key(experts[0]).site
-    reducer: partial[Reducer] = partial(Choices, site)
+    reducer: Callable[[], Reducer] = partial(Choices, site)
     folded = folded_texts(run, read, dict.fromkeys(read, reducer))
     counted = [key for key in experts if parse_key(key).site == site]
     harmful, harmless = (mean_shares(folded, name, counted) for name in lists)
