@@ -46,8 +46,15 @@ def evaluate_run(folder: pathlib.Path, n: int = 100, name: str = "") -> pathlib.
     result = {
         **{
             key: ours[key]
-            for key in ("auroc", "average_precision", "tpr_at_fpr", "expected_calibration_error")
+            for key in (
+                "auroc",
+                "average_precision",
+                "macro_f1",
+                "tpr_at_fpr",
+                "expected_calibration_error",
+            )
         },
+        "macro_f1_in_force": ours["macro_f1"],
         **{
             "n_neurons": 120,
             "pooling": "last",

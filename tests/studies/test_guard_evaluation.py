@@ -55,6 +55,21 @@ def test_curves_and_average_precision_are_those_of_scikit_learn(scored):
     assert found.low < found.value < found.high
 
 
+def test_macro_f1_is_that_of_scikit_learn_and_its_interval_that_of_groups(scored):
+    scores, unsafe = scored
+    for cut in (-1.0, 0.0, 0.7, 99.0):
+        found = statistics.macro_f1(scores, unsafe, cut)
+        theirs = metrics.f1_score(unsafe, scores >= cut, average="macro", zero_division=0)
+        assert found.value == pytest.approx(theirs, abs=1e-12)
+        assert found.low <= found.value <= found.high
+    doubled = [str(number // 2) for number in range(2 * len(scores))]
+    twice = statistics.macro_f1(scores.repeat(2), unsafe.repeat(2), groups=doubled)
+    once, alone = statistics.macro_f1(scores, unsafe), statistics.macro_f1(scores.repeat(2), unsafe.repeat(2))
+    assert twice.value == pytest.approx(once.value)
+    assert twice.high - twice.low == pytest.approx(once.high - once.low, rel=0.15)
+    assert alone.high - alone.low < 0.85 * (once.high - once.low)  # a copy is no further request
+
+
 def test_a_thinned_curve_keeps_its_ends_and_its_area(scored):
     scores, unsafe = scored
     thin = np.array(statistics.roc_curve(scores, unsafe, points=50))
@@ -252,6 +267,7 @@ def test_one_class_alone_has_no_value():
     scores, unsafe = np.arange(5.0), np.ones(5, bool)
     assert statistics.average_precision(scores, unsafe).value is None
     assert statistics.tpr_at_fpr(scores, unsafe, 0.05).value is None
+    assert statistics.macro_f1(scores, unsafe).value is None
     assert area_difference(AreaPart(scores, [scores], unsafe)).value is None
 
 
@@ -297,6 +313,10 @@ def test_the_guards_numbers_are_those_of_its_verdicts(model, guard, found):
     flagged = [verdict.flagged for verdict in verdicts]
     assert result["flagged_unsafe"]["value"] == pytest.approx(np.mean(flagged[:40]))
     assert result["flagged_safe"]["value"] == pytest.approx(np.mean(flagged[40:]))
+    half = [chance >= 0 for chance in chances]  # log odds
+    for name, called in (("macro_f1", half), ("macro_f1_in_force", flagged)):
+        theirs = metrics.f1_score(labels, called, average="macro", zero_division=0)
+        assert result[name]["value"] == pytest.approx(theirs, abs=1e-9)
     json.dumps(result, allow_nan=False)
 
 

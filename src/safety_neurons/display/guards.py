@@ -47,7 +47,7 @@ def interval_of(value: Any) -> str:
 def baselines_table(result: Mapping[str, Any]) -> Table:
     """The guard and every classifier that needs no safety neurons."""
     entries = [{"name": OURS, **result}, *result["baselines"]]
-    every = list(result["tpr_at_fpr"])
+    every, with_f1 = list(result["tpr_at_fpr"]), all("macro_f1" in entry for entry in entries)
     targets = [
         target
         for target in every
@@ -62,6 +62,7 @@ def baselines_table(result: Mapping[str, Any]) -> Table:
                 interval(entry["auroc"]),
                 NONE if difference is None else interval(difference, signed=True),
                 interval(entry["average_precision"]),
+                *([interval(entry["macro_f1"])] if with_f1 else []),
                 *(_supported(entry["tpr_at_fpr"][target]) for target in targets),
                 number(entry["expected_calibration_error"], 3),
             ]
@@ -72,6 +73,7 @@ def baselines_table(result: Mapping[str, Any]) -> Table:
         "AUROC",
         f"{visible(result['compared'], 20)} minus it",
         "average precision",
+        *(["macro-F1 at one half"] if with_f1 else []),
         *rates,
         "calibration error",
     ]
@@ -437,6 +439,8 @@ def worth_findings(run: ReportedRun) -> list[Finding]:
         interval(result["flagged_unsafe"]),
         interval(result["flagged_safe"]),
     )
+    if "macro_f1_in_force" in result:
+        text += say(" Macro-F1 there: {}.", interval(result["macro_f1_in_force"]))
     found = [Finding(FACT, text)]
     outputs = result.get("outputs")
     if outputs and outputs["cut"]["value"] is not None:

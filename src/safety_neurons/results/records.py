@@ -596,6 +596,8 @@ class GuardMeasures(TypedDict):
     """What a classifier does on the requests as written; of random sets the means."""
 
     average_precision: EstimateRecord
+    macro_f1: EstimateRecord
+    """Where a probability of one half or more is called unsafe."""
     tpr_at_fpr: dict[str, EstimateRecord]
     expected_calibration_error: float
 
@@ -643,6 +645,8 @@ class GuardEvaluationRecord(GuardMeasures):
     """guard evaluate: the guard on the requests as written, and the tables beside it."""
 
     auroc: AreaRecord
+    macro_f1_in_force: EstimateRecord
+    """Where what the guard flags at its threshold is called unsafe, unscored requests too."""
     n_neurons: int
     pooling: str
     threshold: float

@@ -63,6 +63,18 @@ def average_precision(scores: Scores, unsafe: Labels, seed: int = 0, groups: Gro
     return _resampled_rate(_average_precisions, scores, unsafe, seed, groups, len(unsafe))
 
 
+def macro_f1(
+    scores: Scores, unsafe: Labels, cut: float = 0.0, seed: int = 0, groups: GroupLabels = None
+) -> Rate:
+    """Mean of the F1 of unsafe and the F1 of safe requests, where what scores `cut` or more is called unsafe.
+
+    1,000 resamples of either class, with groups of these.
+    """
+    called = int((scores >= cut).sum())
+    statistic = functools.partial(_macro_f1s, called=called)
+    return _resampled_rate(statistic, scores, unsafe, seed, groups, len(unsafe))
+
+
 def tpr_at_fpr(scores: Scores, unsafe: Labels, fpr: float, seed: int = 0, groups: GroupLabels = None) -> Rate:
     """Share of the unsafe requests above the threshold that flags at most `fpr` of the safe ones.
 
@@ -120,6 +132,18 @@ def _average_precisions(
     true, seen = np.cumsum(weights * unsafe, axis=1)[:, ends], np.cumsum(weights, axis=1)[:, ends]
     steps = np.diff(true, prepend=0.0, axis=1)
     return (steps * true / np.maximum(seen, 1e-300)).sum(axis=1) / true[:, -1]
+
+
+def _macro_f1s(
+    unsafe: Labels,
+    weights: Float64[np.ndarray, "draw request"],
+    ends: np.ndarray,  # noqa: ARG001 - of statistics that try every threshold
+    called: int,
+) -> Float64[np.ndarray, " draw"]:
+    flagged = np.arange(len(unsafe)) < called
+    wrong = weights @ (flagged != unsafe)
+    hits = (2 * (weights @ (flagged & kind)) for flagged, kind in ((flagged, unsafe), (~flagged, ~unsafe)))
+    return np.mean([hit / np.maximum(hit + wrong, 1e-300) for hit in hits], axis=0)
 
 
 def _tprs(

@@ -60,6 +60,7 @@ from safety_neurons.studies.guard_baselines import GUARD, RANDOM, Baseline, Read
 from safety_neurons.studies.guard_curves import (
     Scores,
     average_precision,
+    macro_f1,
     precision_recall_curve,
     reliability,
     roc_curve,
@@ -195,6 +196,7 @@ class ScoredCases:
             found.append(
                 {
                     "average_precision": average_precision(scores, labels, self.seed, shared).to_json(),
+                    "macro_f1": macro_f1(scores, labels, 0.0, self.seed, shared).to_json(),
                     "tpr_at_fpr": {str(fpr): at(scores, labels, fpr, self.seed, shared) for fpr in TARGETS},
                     "expected_calibration_error": expected_calibration_error(_probabilities(scores), labels),
                 }
@@ -334,6 +336,7 @@ def _mean(found: Sequence[GuardMeasures]) -> GuardMeasures:
     """
     return {
         "average_precision": _spread([row["average_precision"] for row in found]),
+        "macro_f1": _spread([row["macro_f1"] for row in found]),
         "tpr_at_fpr": {
             fpr: _spread([row["tpr_at_fpr"][fpr] for row in found]) for fpr in found[0]["tpr_at_fpr"]
         },
@@ -648,9 +651,14 @@ class _Classifiers:
 
 def _result(guard: Guard, scored: ScoredCases, read: Read, asked: GuardTests) -> GuardEvaluationRecord:
     ours, all_ = scored.summary(GUARD, [GUARD]), scored.row("all", scored.cases.where(AS_WRITTEN))
+    written = scored.cases.where(AS_WRITTEN)
+    flags, labels = scored.flagged[written].astype(np.float64), scored.cases.unsafe[written]
+    in_force = macro_f1(flags, labels, 0.5, scored.seed, scored.cases.groups(written))
     return {
         "auroc": ours["auroc"],
         "average_precision": ours["average_precision"],
+        "macro_f1": ours["macro_f1"],
+        "macro_f1_in_force": in_force.to_json(),
         "tpr_at_fpr": ours["tpr_at_fpr"],
         "expected_calibration_error": ours["expected_calibration_error"],
         "n_neurons": len(guard.neurons),
