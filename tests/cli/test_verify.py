@@ -204,7 +204,7 @@ def compared(pair, *more):
 def test_compare_puts_all_methods_side_by_side(tiny_pair, tmp_path):
     result = done(*compared(tiny_pair, "--out", tmp_path / "run"))
     names = [row["method"] for row in result["methods"]]
-    expected = list(METHODS)
+    expected = [name for name in METHODS if name not in ("heads", "routing")]  # of a dense model's units
     assert names == [*expected, "random 0", "random 1"]
     for row in result["methods"]:
         assert row.keys() >= {
