@@ -289,9 +289,13 @@ def defences_summary(
     shared: Mapping[str, GroupLabels] = types.MappingProxyType({}),
 ) -> JsonObject:
     """What the seeds say together: the worst point of every arm, all points, and paired differences."""
-    starts = {arm: measured([done[f"{arm}/{seed}"] for seed in plan.seeds], shared) for arm in grid.arms}
-    untuned: Any = starts.get(NONE)
-    lowest = [each["perplexity"]["value"] for each in starts.values() if each["perplexity"]["value"]]  # type: ignore[index,call-overload]
+    starts: dict[str, Any] = {
+        arm: measured([done[f"{arm}/{seed}"] for seed in plan.seeds], shared) for arm in grid.arms
+    }
+    untuned = starts.get(NONE)
+    lowest: list[float] = [
+        each["perplexity"]["value"] for each in starts.values() if each["perplexity"]["value"]
+    ]
     plain = untuned["perplexity"]["value"] if untuned else min(lowest, default=None)
     rows: list[dict[str, Any]] = []
     for arm in grid.arms:
