@@ -29,7 +29,7 @@ real: $(STAMP)
 # Every command of docs/real-models.md, hours on two cores; finished ones are not run again. DATA is a folder of public data sets (see the page).
 real-study: $(STAMP)
 	$(BIN)/python docs/worked_study.py --page docs/real-models.md --run runs/real-study $(if $(DATA),--data $(DATA))
-	$(BIN)/safety-neurons report runs/real-study/runs/real --out runs/real-study/report --overwrite
+	$(BIN)/safety-neurons report $$(dirname runs/real-study/runs/real/*/run.json) --out runs/real-study/report.html --overwrite
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
