@@ -31,10 +31,10 @@ from safety_neurons.model import LanguageModel, token_divergences
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.prompt_lists import Prompts
 from safety_neurons.results import Checkpoint, paired_difference, rate
-from safety_neurons.studies.tuning import Checking, _answered, _held_out
+from safety_neurons.studies.tuning import Checking, hold_out, with_usable_answers
 from safety_neurons.tuning import attach
 from safety_neurons.tuning.settings import TuningSettings
-from safety_neurons.tuning.train import Loop, _prepared, learning_rates
+from safety_neurons.tuning.train import Loop, learning_rates, prepared_examples
 
 ARMS = ("neurons", "random", "lora", "full")
 HARMFUL, HARMLESS = ("builtin", "advbench", "harmbench"), ("alpaca", "xstest-safe", "look-alikes")
@@ -180,9 +180,9 @@ def row(arm: str, seed: int, given: argparse.Namespace) -> dict[str, Any]:
     words = (given.data / "wikitext2/valid.txt").read_text(encoding="utf-8")
     neurons = NeuronSet.load(given.neurons).on(model.table, [model.name])
     data = tuple(model.prompts(f"builtin:{name}") for name in ("refusals-wide", "harmless-wide", "general"))
-    learnt, others, texts, watch = _held_out(model, data, Checking(every=given.every), settings, notes)
+    learnt, others, texts, watch = hold_out(model, data, Checking(every=given.every), settings, notes)
     assert others is not None
-    others = _answered(model, others, len(learnt), settings, given.out, notes)
+    others = with_usable_answers(model, others, len(learnt), settings, given.out, notes)
     before_file = given.out / "before.json"
     if not before_file.is_file():
         before_file.write_text(json.dumps(measured(model, lists, words, given.tokens)))
@@ -191,7 +191,7 @@ def row(arm: str, seed: int, given: argparse.Namespace) -> dict[str, Any]:
         checkpoint = Checkpoint(given.out / f"{arm}-{seed}.safetensors")
         loop = Loop(deltas, rates, settings, watch, checkpoint, {"arm": arm, "seed": seed}, notes)
         if not loop.resume():
-            loop.examples = _prepared(model, learnt, others, texts, settings, notes)
+            loop.examples = prepared_examples(model, learnt, others, texts, settings, notes)
         stopped = loop.run()
         deltas.load_tensors(loop.kept)
         after = measured(model, lists, words, given.tokens)

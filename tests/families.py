@@ -13,24 +13,13 @@ import pytest
 import torch
 import transformers
 
+from tiny import SIZES
+
 OLD_TRANSFORMERS = int(transformers.__version__.split(".")[0]) < 5
 VOCABULARY = 96
 WINDOW = 5
 
-_COMMON: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "tie_word_embeddings": False,
-    "attention_dropout": 0.0,
-}
+_COMMON: dict[str, Any] = {**SIZES, "attention_dropout": 0.0}
 _ONE_KEY_HEAD_PER_QUERY_HEAD: dict[str, Any] = {"num_key_value_heads": None}
 _WITHOUT_GROUPS = {**_COMMON, **_ONE_KEY_HEAD_PER_QUERY_HEAD}
 _GPT2: dict[str, Any] = {

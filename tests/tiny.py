@@ -48,24 +48,48 @@ def tiny_tokenizer(
     return tokenizer
 
 
+SIZES: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+"""Of every tiny decoder."""
+FILL = [
+    "how",
+    "do",
+    "i",
+    "make",
+    "a",
+    "cake",
+    "grow",
+    "tree",
+    "in",
+    "the",
+    "house",
+    "tell",
+    "me",
+    "about",
+    "red",
+    "green",
+    "blue",
+    "water",
+]
+"""Words of random requests."""
+
+
 def tiny_llama(seed: int = 0, **config: Any) -> transformers.LlamaForCausalLM:
     """A random Llama of two layers in evaluation mode, with weights large enough that greedy answers vary."""
-    sizes: dict[str, Any] = {
-        "vocab_size": 96,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "tie_word_embeddings": False,
-    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**sizes, **config})).eval()
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**SIZES, **config})).eval()
         for parameter in model.parameters():
             if parameter.ndim == 2:
                 torch.nn.init.normal_(parameter, std=0.2)

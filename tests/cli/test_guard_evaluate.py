@@ -6,28 +6,7 @@ import re
 import pytest
 from running import command, done, refused
 
-from tiny import tiny_llama_folder
-
-WORDS = [
-    "how",
-    "do",
-    "i",
-    "make",
-    "a",
-    "cake",
-    "grow",
-    "tree",
-    "in",
-    "the",
-    "house",
-    "tell",
-    "me",
-    "about",
-    "red",
-    "green",
-    "blue",
-    "water",
-]
+from tiny import FILL, tiny_llama_folder
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +19,7 @@ def place(tmp_path_factory):
     for name in ("fit", "test"):
         for kind, last in (("bad", "bomb"), ("good", "bread")):
             texts = {
-                " ".join([*number.choices(WORDS, k=6), last]): number.choice(("en", "de")) for _ in range(44)
+                " ".join([*number.choices(FILL, k=6), last]): number.choice(("en", "de")) for _ in range(44)
             }
             rows = [json.dumps({"prompt": text, "language": code}) for text, code in texts.items()]
             (folder / f"{name}-{kind}.jsonl").write_text("\n".join(rows))

@@ -11,21 +11,8 @@ from running import done
 
 from families import redraw
 from safety_neurons.model import load
-from tiny import CHAT_TEMPLATE, tiny_tokenizer
+from tiny import CHAT_TEMPLATE, SIZES, tiny_tokenizer
 
-_TEXT: dict[str, Any] = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "tie_word_embeddings": False,
-}
 _IMAGE: dict[str, Any] = {
     "hidden_size": 16,
     "intermediate_size": 24,
@@ -41,7 +28,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llava": (
         "Llava",
         {
-            "text_config": {**_TEXT, "model_type": "llama"},
+            "text_config": {**SIZES, "model_type": "llama"},
             "vision_config": {**_IMAGE, "model_type": "clip_vision_model", "projection_dim": 16},
             "image_token_index": 95,
         },
@@ -49,7 +36,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "smolvlm": (
         "SmolVLM",
         {
-            "text_config": {**_TEXT, "model_type": "llama"},
+            "text_config": {**SIZES, "model_type": "llama"},
             "vision_config": _IMAGE,
             "image_token_id": 95,
             "scale_factor": 2,
@@ -58,7 +45,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_5_vl": (
         "Qwen2_5_VL",
         {
-            "text_config": {**_TEXT, "rope_parameters": _TURNING},
+            "text_config": {**SIZES, "rope_parameters": _TURNING},
             "vision_config": {**_QWEN_IMAGE, "patch_size": 8, "fullatt_block_indexes": [0]},
             "image_token_id": 95,
             "video_token_id": 94,

@@ -5,28 +5,7 @@ import random
 from safety_neurons.model import LanguageModel
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.prompt_lists import Prompt, Prompts
-from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
-
-FILL = [
-    "how",
-    "do",
-    "i",
-    "make",
-    "a",
-    "cake",
-    "grow",
-    "tree",
-    "in",
-    "the",
-    "house",
-    "tell",
-    "me",
-    "about",
-    "red",
-    "green",
-    "blue",
-    "water",
-]
+from tiny import CHAT_TEMPLATE, FILL, tiny_llama, tiny_tokenizer
 
 
 def tiny_model() -> LanguageModel:

@@ -74,7 +74,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, 
     """
     folder = tmp_path_factory.mktemp("processes")
     torch.multiprocessing.spawn(trained, (str(folder),), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
 def test_two_processes_with_half_a_batch_each_train_as_one_with_all_of_it(

@@ -201,9 +201,9 @@ def tune(
             "settings": chosen,
         },
     )
-    learnt, others, text, watch = _held_out(model, (data, others, text), check, chosen, notes)
+    learnt, others, text, watch = hold_out(model, (data, others, text), check, chosen, notes)
     if others is not None:
-        others = _answered(model, others, len(learnt), chosen, folder, notes)
+        others = with_usable_answers(model, others, len(learnt), chosen, folder, notes)
     before = bench.measure(Arm(UNTREATED, model))
     tuned = train(
         model,
@@ -262,7 +262,7 @@ def _tuning(
     )
 
 
-def _held_out(
+def hold_out(
     model: LanguageModel,
     prompts: tuple[Prompts, Prompts | None, Prompts | None],
     check: Checking | None,
@@ -302,7 +302,7 @@ def _held_out(
     return learnt, others if harmless is not None else None, texts, watch
 
 
-def _answered(
+def with_usable_answers(
     model: LanguageModel,
     harmless: Prompts,
     n_harmful: int,

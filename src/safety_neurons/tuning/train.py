@@ -555,7 +555,7 @@ def tune(
     with attach(model, placed) as deltas:
         loop = Loop(deltas, rates, chosen, check, checkpoint, identity, notes, progress)
         if not loop.resume():
-            loop.examples = _prepared(model, data, others, text, chosen, notes)
+            loop.examples = prepared_examples(model, data, others, text, chosen, notes)
         stopped = loop.run()
         tensors = loop.kept
     delta = Delta(placed, tensors, _provenance(placed, model, data, chosen), base_hash(model, placed))
@@ -615,7 +615,7 @@ def _trained(model: LanguageModel, neurons: NeuronSet, protect: NeuronSet | None
     return trained
 
 
-def _prepared(
+def prepared_examples(
     model: LanguageModel,
     dataset: Prompts,
     harmless: Prompts | None,
