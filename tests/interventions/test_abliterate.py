@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from torch.nn.utils import parametrizations
 
 import families
 from safety_neurons import abliterated, refusal_directions
-from safety_neurons.errors import InputError, UsageError
+from safety_neurons.errors import InputError, UnsupportedModelError, UsageError
 from safety_neurons.interventions.abliterate import basis_of, share_along, without, writers
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.loading import load
@@ -110,3 +111,18 @@ def test_models_with_adapters_and_empty_lists_are_refused(tiny_pair, model):
         pass
     with pytest.raises(InputError, match="harmless"):
         refusal_directions(model, Prompts.from_list(HARMFUL), Prompts([]))
+
+
+@pytest.mark.parametrize(
+    "path", ["model.layers.1.self_attn.o_proj", "model.layers.0.mlp.down_proj", "model.embed_tokens"]
+)
+def test_a_weight_that_is_computed_is_refused_since_nothing_can_be_written_into_it(path):
+    model = families.build("llama", tie_word_embeddings=False)
+    parametrizations.weight_norm(model.get_submodule(path))
+    with (
+        pytest.raises(
+            UnsupportedModelError, match="computed from other .* take the parametrisation off"
+        ),
+        abliterated(LanguageModel(model), torch.eye(32)[:1]),
+    ):
+        pass

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch.nn.utils import parametrizations
 
 from families import MOE_FAMILIES, OLD_TRANSFORMERS, build, config_of, random_ids
 from safety_neurons.errors import NumericalError, UnsupportedModelError, UsageError
@@ -182,6 +183,19 @@ def test_weights_that_several_layers_share_are_neurons_of_none() -> None:
         f"layers.{layer}.{site}" for layer in (0, 2) for site in ("down", "gate", "up")
     ]
     assert "layers 0, 2 share the weights" in anatomy.refused["layers.2.up"]
+
+
+def test_computed_weights_are_never_taken_for_shared_ones_and_shared_sources_of_theirs_are() -> None:
+    # A weight norm makes the weight anew on every access; the address of the one before is then free for it.
+    model = build("llama", num_hidden_layers=4)
+    for layer in model.model.layers:
+        for path in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
+            parametrizations.weight_norm(layer.get_submodule(path))
+    for _ in range(20):
+        assert resolve(model).refused == {}
+    first, last = (model.model.layers[layer].mlp.up_proj.parametrizations.weight for layer in (0, 3))
+    last.original0 = first.original0
+    assert sorted(resolve(model).refused) == ["layers.0.up", "layers.3.up"]
 
 
 def test_an_activation_function_that_no_module_holds_is_found_by_what_it_gives() -> None:

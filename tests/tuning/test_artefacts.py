@@ -16,6 +16,7 @@ import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn.utils import parametrizations
 from trained import assert_same_bits, batches, bits, model_of, randomised, some
 
 from families import build
@@ -61,6 +62,15 @@ def changed(model: LanguageModel, size: float = 0.05, share: float = 0.3) -> Del
     with attach(model, some(model, share)) as deltas:
         randomised(deltas.parameters(), size)
         return delta_of(deltas)
+
+
+def test_the_outside_of_a_set_in_computed_weights_has_no_hash() -> None:
+    model = model_of("llama")
+    neurons = some(model)
+    for layer in model.model.model.layers:
+        parametrizations.weight_norm(layer.mlp.down_proj)
+    with pytest.raises(UnsupportedModelError, match=r"layers\.\d\.down: its weight is computed"):
+        outside_hash(model, neurons)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

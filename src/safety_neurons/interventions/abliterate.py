@@ -19,7 +19,7 @@ from safety_neurons.model import LanguageModel
 from safety_neurons.model.adapters import is_adapted
 from safety_neurons.model.batches import BatchSize
 from safety_neurons.model.passes import read_residual
-from safety_neurons.model.sites import DOWN
+from safety_neurons.model.sites import DOWN, stored_weight
 from safety_neurons.prompt_lists import Prompts
 
 
@@ -92,7 +92,8 @@ def writers(model: LanguageModel) -> list[StreamWriter]:
     and the token embedding unless the output head is the same tensor.
 
     Raises:
-        UsageError: adapters are on the model. UnsupportedModelError: quantised or off-loaded weights.
+        UsageError: adapters are on the model. UnsupportedModelError: quantised, off-loaded or
+            computed weights.
     """
     if is_adapted(model.model):
         raise UsageError(
@@ -100,8 +101,10 @@ def writers(model: LanguageModel) -> list[StreamWriter]:
         )
     found: dict[int, StreamWriter] = {}
 
-    def add(name: str, tensor: Any, axis: int, *, bias: bool = False) -> None:
-        if tensor is not None:
+    def add(name: str, holder: Any, attribute: str, axis: int) -> None:
+        bias = attribute.endswith("bias")
+        if not bias or getattr(holder, attribute, None) is not None:
+            tensor = stored_weight(holder, attribute, name)
             found.setdefault(id(tensor), StreamWriter(name, tensor.detach(), axis, bias))
 
     for key, place in model.anatomy.places.items():
@@ -112,17 +115,17 @@ def writers(model: LanguageModel) -> list[StreamWriter]:
                     f"{key}: quantised or off-loaded weights cannot be projected, plain ones were expected; "
                     "load the model unquantised"
                 )
-            add(key, part.base.weight, 1 if part.transposed else 0)
-            add(f"{key} bias", getattr(part.base, "bias", None), 0, bias=True)
+            add(key, part.base, "weight", 1 if part.transposed else 0)
+            add(f"{key} bias", part.base, "bias", 0)
     for layer in model.anatomy.layers:
         if layer.experts is not None:
             name = f"layers.{layer.index}.experts.down"
             module: Any = layer.experts.module
-            add(name, getattr(module, DOWN), 2 if layer.experts.transposed else 1)
-            add(f"{name} bias", getattr(module, f"{DOWN}_bias", None), 1, bias=True)
+            add(name, module, DOWN, 2 if layer.experts.transposed else 1)
+            add(f"{name} bias", module, f"{DOWN}_bias", 1)
     embedding, head = model.model.get_input_embeddings(), model.model.get_output_embeddings()
     if head is None or head.weight is not embedding.weight:
-        add("embedding", embedding.weight, 1)
+        add("embedding", embedding, "weight", 1)
     return list(found.values())
 
 

@@ -178,8 +178,13 @@ def _refuse_shared(layers: list[LayerAnatomy], refused: dict[str, str]) -> None:
 
 
 def _weights_of(place: SitePlace) -> int:
+    """What tells shared weights: the identity of what the model stores. A computed weight (weight norm) is
+    another tensor on every access, and its address is soon given to the next one.
+    """
     base = place.projection.base
-    return id(getattr(base, "weight", base))
+    stored = dict(base.named_parameters(remove_duplicate=False)) | dict(base.named_buffers())
+    behind = [value for name, value in stored.items() if name.startswith("parametrizations.weight.")]
+    return id(next(iter(behind), stored.get("weight", base)))
 
 
 def _check_sites(sites: object) -> None:

@@ -133,6 +133,26 @@ def take(values: torch.Tensor, index: Index, axis: int = -1) -> torch.Tensor:
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def stored_weight(module: nn.Module, name: str, where: str) -> Tensor:
+    """The tensor of a module that a change can be written into and that its identity stands for.
+
+    Args:
+        module: a module, or a container of parameters.
+        name: of its tensor.
+        where: what an error calls it.
+
+    Raises:
+        UnsupportedModelError: it is made anew on every access, so that what is written into it is lost.
+    """
+    held = isinstance(module, nn.ParameterDict)
+    if not held and name not in module._parameters and name not in module._buffers:
+        raise UnsupportedModelError(
+            f"{where}: its {name} is computed from other tensors (a parametrisation, a weight norm, a "
+            "pruning mask), a parameter was expected; take the parametrisation off first"
+        )
+    return module[name] if held else getattr(module, name)  # type: ignore[index]
+
+
 @dataclass(frozen=True)
 class Projection:
     """A linear map of the model, with whatever adapter is wrapped around it.

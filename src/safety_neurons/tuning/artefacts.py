@@ -279,7 +279,7 @@ def outside_hash(model: LanguageModel, neurons: NeuronSet) -> str:
     """
     holes: dict[int, list[Where]] = {}
     for entries in weights_of(model, neurons):
-        holes.setdefault(id(getattr(entries.holder, entries.name)), []).append(entries.where)
+        holes.setdefault(id(entries.stored), []).append(entries.where)
     digest = hashlib.sha256()
     trained = {
         id(parameter)

@@ -23,7 +23,16 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from safety_neurons.errors import MismatchError, NeuronError, UnsupportedModelError
 from safety_neurons.model import LanguageModel
-from safety_neurons.model.sites import DOWN, FUSED, ExpertsAnatomy, Projection, SitePlace, projection, take
+from safety_neurons.model.sites import (
+    DOWN,
+    FUSED,
+    ExpertsAnatomy,
+    Projection,
+    SitePlace,
+    projection,
+    stored_weight,
+    take,
+)
 from safety_neurons.neurons import NeuronSet, parse_key
 
 Where = tuple[Any, ...]
@@ -55,19 +64,22 @@ class Entries:
     transposed: bool = False
 
     @property
+    def stored(self) -> Tensor:
+        """The holder's tensor, wherever its entries lie.
+
+        Raises:
+            UnsupportedModelError: it is computed from other tensors.
+        """
+        return stored_weight(self.holder, self.name, self.key)
+
+    @property
     def tensor(self) -> Tensor:
         """The whole tensor as it is now.
 
         Raises:
-            UnsupportedModelError: it is shared out over processes, or not in memory.
+            UnsupportedModelError: it is computed, shared out over processes, or not in memory.
         """
-        held = isinstance(self.holder, nn.ParameterDict)
-        value = self.holder[self.name] if held else getattr(self.holder, self.name)
-        if not held and self.name not in self.holder._parameters:
-            raise UnsupportedModelError(
-                f"{self.key}: its {self.name} is computed from other tensors (a parametrisation, a weight "
-                "norm, a pruning mask), a parameter was expected; take the parametrisation off first"
-            )
+        value = self.stored
         if type(value).__name__ == "DTensor" or value.is_meta:
             raise UnsupportedModelError(
                 f"{self.key}: its {self.kind} is "
