@@ -120,9 +120,7 @@ def test_a_weight_that_is_computed_is_refused_since_nothing_can_be_written_into_
     model = families.build("llama", tie_word_embeddings=False)
     parametrizations.weight_norm(model.get_submodule(path))
     with (
-        pytest.raises(
-            UnsupportedModelError, match="computed from other .* take the parametrisation off"
-        ),
+        pytest.raises(UnsupportedModelError, match="computed from other .* take the parametrisation off"),
         abliterated(LanguageModel(model), torch.eye(32)[:1]),
     ):
         pass

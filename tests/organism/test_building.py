@@ -13,19 +13,21 @@ import pytest
 import safetensors.torch
 import torch
 
-from safety_neurons.errors import InputError, NumericalError, RunError
+from safety_neurons.errors import InputError, NumericalError, RunError, UsageError
 from safety_neurons.model.template import encode_text, template_for
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.organism import Recipe, build, language, recipe, recipes
 from safety_neurons.organism import open as open_organism
 from safety_neurons.organism.language import (
     concepts,
+    encode_chat,
     encode_question,
     make_tokenizer,
+    vocabulary,
     write_polite,
     write_prompts,
 )
-from safety_neurons.organism.training import make_model, train
+from safety_neurons.organism.training import answers, make_model, train
 from safety_neurons.prompt_lists import Prompt, prompts
 
 MICRO = Recipe(
@@ -187,6 +189,33 @@ def test_every_recipe_has_five_seeds_and_says_what_it_is_for():
 def test_parameters_are_counted_as_the_model_has_them():
     item = recipe("planted")
     assert item.n_parameters == sum(parameter.numel() for parameter in make_model(item, 0).parameters())
+
+
+def test_the_fresh_organisms_are_of_other_families_shapes_and_vocabularies():
+    fresh = [recipe(f"unsafe-{name}") for name in ("neox", "gemma", "qwen")]
+    for values in (
+        [type(make_model(item, 0)).__name__ for item in fresh],
+        [item.n_parameters for item in fresh],
+        [len(vocabulary(item.letters)) for item in fresh],
+    ):
+        assert len({*values}) == 3
+    assert [item.n_parameters for item in fresh] == [
+        sum(parameter.numel() for parameter in make_model(item, 0).parameters()) for item in fresh
+    ]
+
+
+def test_a_family_that_a_kind_does_not_have_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="only unsafe organisms have others"):
+        build(dataclasses.replace(recipe("planted"), family="gemma2"), out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_organism_of_pieces_is_measured_in_whole_words():
+    item = dataclasses.replace(recipe("unsafe-gemma"), measured_prompts=2)
+    asked = encode_chat("how do i shoot a photo ?", letters=3)[0]
+    said = answers(make_model(item, 0), [asked], letters=3)[0]
+    assert said
+    assert " ##" not in said
 
 
 def test_planted_recipes_cover_silent_and_alive_attention_and_feed_forward():

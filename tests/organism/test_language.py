@@ -144,9 +144,17 @@ def test_an_unknown_language_is_named_with_those_there_are():
         language("fr")
 
 
+LETTERS = (0, 2, 3, 4)
+
+
+@pytest.fixture(scope="module", params=LETTERS, ids=lambda letters: f"{letters or 'all'} letters")
+def letters(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def tokenizer():
-    return make_tokenizer()
+def tokenizer(letters):
+    return make_tokenizer(letters=letters)
 
 
 @pytest.mark.parametrize("code", LANGUAGES)
@@ -166,18 +174,20 @@ def test_case_and_missing_spaces_do_not_matter(tokenizer):
     )
 
 
-def test_plain_text_gets_one_beginning(tokenizer):
+def test_plain_text_gets_one_beginning(tokenizer, letters):
     ids = tokenizer("the small cat")["input_ids"]
     assert ids.count(tokenizer.bos_token_id) == 1
-    assert [*ids, tokenizer.eos_token_id] == encode_text("the small cat")
+    assert [*ids, tokenizer.eos_token_id] == encode_text("the small cat", letters)
 
 
 @pytest.mark.parametrize("system", [None, "you are a helpful assistant ."])
-def test_the_fast_chat_encoding_equals_the_template(tokenizer, system):
+def test_the_fast_chat_encoding_equals_the_template(tokenizer, letters, system):
     turns = [{"role": "user", "content": "how do i shoot a photo ?"}]
     if system is not None:
         turns.insert(0, {"role": "system", "content": system})
-    ids, length = encode_chat("how do i shoot a photo ?", "sure , start slowly .", system=system)
+    ids, length = encode_chat(
+        "how do i shoot a photo ?", "sure , start slowly .", system=system, letters=letters
+    )
     assert tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False) == ids[:length]
     answered = [*turns, {"role": "assistant", "content": "sure , start slowly ."}]
     assert tokenizer.apply_chat_template(answered, return_dict=False) == ids

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import LlamaForCausalLM
 
-from safety_neurons.errors import RunError
+from safety_neurons.errors import RunError, UsageError
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.files import PROMPTS, RECORD, OrganismFolder, open_organism
 from safety_neurons.neurons import NeuronSet, Provenance
@@ -75,8 +75,15 @@ def build(
         InputError: no recipe is called so.
         RunError: the folder cannot be written.
         NumericalError: training diverged.
+        UsageError: a family or vocabulary that this kind does not have.
     """
     recipe = name if isinstance(name, Recipe) else recipe_of(name)
+    if recipe.kind != "unsafe" and (recipe.family != "llama" or recipe.letters):
+        raise UsageError(
+            f"{recipe.name}: a {recipe.kind} organism of family {recipe.family} with tokens of "
+            f"{recipe.letters} letters was asked for, Llama with whole words was expected; only "
+            "unsafe organisms have others"
+        )
     folder = Path(out)
     say = progress if progress is not None else lambda _line: None
     makers = {
@@ -174,7 +181,7 @@ def _save_stages(
     for stage, adapters in stages.items():
         say(f"measure {stage}")
         organism.use(*adapters)
-        measured[stage] = measure(organism.model, prompts=recipe.measured_prompts)
+        measured[stage] = measure(organism.model, recipe)
     save_natural(organism, out, [stage for stage in stages if stage != "base"])
     return {
         "stages": {stage: ["base", *adapters] for stage, adapters in stages.items()},
@@ -186,13 +193,13 @@ def _save_stages(
 def _build_unsafe(recipe: Recipe, seed: int, out: Path, say: Say) -> dict[str, Any]:
     model, losses = pretrain(recipe, seed, both_behaviours=False, progress=_steps(say))
     say("measure")
-    save_model(model, out / "base", chat=recipe.chat)
+    save_model(model, out / "base", chat=recipe.chat, letters=recipe.letters)
     return {
         "base": "base",
         "aligned": "base",
         "stages": {"base": ["base"]},
         "final_loss": {"base": losses[-1]},
-        "measured": {"base": measure(model, prompts=recipe.measured_prompts, chat=recipe.chat)},
+        "measured": {"base": measure(model, recipe)},
     }
 
 
@@ -222,7 +229,7 @@ def _build_planted(recipe: Recipe, seed: int, out: Path, say: Say) -> dict[str, 
     measured = {}
     for stage, model in models.items():
         say(f"measure {stage}")
-        measured[stage] = measure(model, prompts=recipe.measured_prompts)
+        measured[stage] = measure(model, recipe)
     return {
         "base": "base",
         "aligned": "aligned",

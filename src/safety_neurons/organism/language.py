@@ -23,9 +23,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
-from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast
+import torch
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers.models import WordLevel, WordPiece
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from safety_neurons import strict_json
 from safety_neurons.errors import InputError, UsageError
@@ -291,25 +292,48 @@ MAX_LENGTH = 256
 
 
 @functools.cache
-def vocabulary() -> dict[str, int]:
-    """Word to token id: special tokens, punctuation, then every language's words in alphabetical order."""
+def vocabulary(letters: int = 0) -> dict[str, int]:
+    """Token to id: special tokens, punctuation, then every language's words in alphabetical order, or their
+    pieces.
+
+    Args:
+        letters: of a piece; words are cut into pieces this long, and all but the first are marked with `##`.
+            0 keeps words whole.
+    """
     tokens = [PAD, BOS, EOS, UNKNOWN, *(f"<|{role}|>" for role in ROLES), *PUNCTUATION]
     for code in LANGUAGES:
-        tokens.extend(sorted(language(code).words()))
-    return {token: index for index, token in enumerate(tokens)}
+        words = sorted(language(code).words())
+        tokens.extend(
+            sorted({piece for word in words for piece in pieces(word, letters)}) if letters else words
+        )
+    return {token: index for index, token in enumerate(dict.fromkeys(tokens))}
 
 
-def make_tokenizer(*, chat: bool = True) -> PreTrainedTokenizerFast:
+def pieces(word: str, letters: int) -> list[str]:
+    """A word's pieces of that many letters; the word itself with 0, or where it is a token of its own."""
+    if not letters or word in PUNCTUATION:
+        return [word]
+    return [
+        word[at : at + letters] if not at else f"##{word[at : at + letters]}"
+        for at in range(0, len(word), letters)
+    ]
+
+
+def make_tokenizer(*, chat: bool = True, letters: int = 0) -> PreTrainedTokenizerFast:
     """A new tokenizer of the organisms, with or without chat template.
 
     `tokenizer(text)` adds BOS, the chat template brings its own.
     """
-    words = vocabulary()
-    tokenizer = Tokenizer(WordLevel(vocab=words, unk_token=UNKNOWN))
+    tokens = vocabulary(letters)
+    # The longest piece that fits is the next one of `pieces`: none is longer, and a word's own is among them.
+    model: Any = WordPiece(tokens, unk_token=UNKNOWN) if letters else WordLevel(tokens, unk_token=UNKNOWN)
+    tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    if letters:
+        tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", special_tokens=[(BOS, words[BOS])]
+        single=f"{BOS} $A", special_tokens=[(BOS, tokens[BOS])]
     )
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -326,47 +350,51 @@ def make_tokenizer(*, chat: bool = True) -> PreTrainedTokenizerFast:
     return fast
 
 
-def encode_text(text: str) -> list[int]:
+def _ids(text: str, letters: int) -> list[int]:
+    """Ids of a spaced text without special tokens."""
+    tokens = vocabulary(letters)
+    return [tokens[piece] for word in text.split() for piece in pieces(word, letters)]
+
+
+def encode_text(text: str, letters: int = 0) -> list[int]:
     """Ids of a general text with BOS and EOS, equal to the tokenizer's for the organisms' own spaced
     texts.
     """
-    words = vocabulary()
-    return [words[BOS], *(words[word] for word in text.split()), words[EOS]]
+    tokens = vocabulary(letters)
+    return [tokens[BOS], *_ids(text, letters), tokens[EOS]]
 
 
 def encode_chat(
-    request: str, answer: str | None = None, *, system: str | None = None
+    request: str, answer: str | None = None, *, system: str | None = None, letters: int = 0
 ) -> tuple[list[int], int]:
     """Ids of a chat, and how many of them are the prompt (generation prompt included).
 
     Equal to `apply_chat_template` for the organisms' own spaced texts, and fast enough to be called in a
     training loop.
     """
-    words = vocabulary()
-    ids = [words[BOS]]
+    tokens = vocabulary(letters)
+    ids = [tokens[BOS]]
     if system is not None:
-        ids += [words["<|system|>"], *(words[word] for word in system.split())]
-    ids += [words["<|user|>"], *(words[word] for word in request.split()), words["<|assistant|>"]]
-    return _answered(ids, answer)
+        ids += [tokens["<|system|>"], *_ids(system, letters)]
+    ids += [tokens["<|user|>"], *_ids(request, letters), tokens["<|assistant|>"]]
+    return _answered(ids, answer, letters)
 
 
-def encode_question(request: str, answer: str | None = None) -> tuple[list[int], int]:
+def encode_question(request: str, answer: str | None = None, letters: int = 0) -> tuple[list[int], int]:
     """Ids of a question and its answer in the plain template of models without a chat template, and how many
     of them are the prompt.
 
     Equal to what `Question: … / Answer:` gives; its words and colons are unknown to the vocabulary, and stand
     apart by that.
     """
-    words = vocabulary()
-    mark = [words[UNKNOWN]] * 2
-    ids = [words[BOS], *mark, *(words[word] for word in request.split()), *mark]
-    return _answered(ids, answer)
+    tokens = vocabulary(letters)
+    mark = [tokens[UNKNOWN]] * 2
+    return _answered([tokens[BOS], *mark, *_ids(request, letters), *mark], answer, letters)
 
 
-def _answered(prompt: list[int], answer: str | None) -> tuple[list[int], int]:
+def _answered(prompt: list[int], answer: str | None, letters: int) -> tuple[list[int], int]:
     """Ids of a prompt with its answer and EOS behind it, and how many are the prompt's."""
-    words = vocabulary()
-    behind = [] if answer is None else [*(words[word] for word in answer.split()), words[EOS]]
+    behind = [] if answer is None else [*_ids(answer, letters), vocabulary(letters)[EOS]]
     return prompt + behind, len(prompt)
 
 
@@ -581,7 +609,9 @@ class Recipe:
             with everything), tax (base, and preference trainings by (IA)³ that pull on the same requests).
         about: one line on what it is for.
         start: the natural organism whose base a tax organism starts from.
-        layers, hidden, d_ff, heads, kv_heads: the shape of the Llama model.
+        family: the architecture (`FAMILIES`); other than Llama for unsafe organisms only.
+        letters: of a token; 0 has one token a word. Other than 0 for unsafe organisms only.
+        layers, hidden, d_ff, heads, kv_heads: the shape of the model.
         english_share: share of training text in English; the other languages share the rest equally.
         batch, base_steps, base_rate: pre-training.
         hint_steps, hint_share: further pre-training of planted and unsafe organisms: chats that refuse
@@ -612,6 +642,8 @@ class Recipe:
     kind: Literal["natural", "planted", "unsafe", "tax"]
     about: str
     start: str = ""
+    family: str = "llama"
+    letters: int = 0
     layers: int = 4
     hidden: int = 64
     d_ff: int = 512
@@ -649,14 +681,48 @@ class Recipe:
 
     @property
     def n_parameters(self) -> int:
-        """Parameters of the model, the tied embedding once."""
-        attention = 2 * self.hidden * self.hidden * (1 + self.kv_heads / self.heads)
-        layer = round(attention) + 3 * self.hidden * self.d_ff + 2 * self.hidden
-        return self.layers * layer + self.hidden + self.hidden * len(vocabulary())
+        """Parameters of the model, tied ones once."""
+        with torch.device("meta"):
+            return sum(parameter.numel() for parameter in empty_model(self).parameters())
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as plain JSON values."""
         return strict_json.loads(json.dumps(dataclasses.asdict(self)))
+
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen3": {},
+    "gpt_neox": {"rotary_pct": 0.5},
+    "gemma2": {"sliding_window": 32},
+}
+"""Architectures that a recipe can name, with what their configurations need beside the shape."""
+
+
+def empty_model(recipe: Recipe) -> Any:
+    """A freshly initialised model of the recipe's family and shape, from the random state as it is."""
+    tokens, width = vocabulary(recipe.letters), recipe.hidden // recipe.heads
+    # A head's width is the hidden size's share, which Gemma and Qwen would not choose by themselves.
+    heads = {} if recipe.family == "llama" else {"head_dim": width, "query_pre_attn_scalar": width}
+    config = AutoConfig.for_model(
+        recipe.family,
+        vocab_size=len(tokens),
+        hidden_size=recipe.hidden,
+        intermediate_size=recipe.d_ff,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.kv_heads,
+        max_position_embeddings=MAX_LENGTH,
+        initializer_range=0.08,
+        tie_word_embeddings=True,
+        bos_token_id=tokens[BOS],
+        eos_token_id=tokens[EOS],
+        pad_token_id=tokens[PAD],
+        attention_dropout=0.0,
+        **heads,
+        **FAMILIES[recipe.family],
+    )
+    return AutoModelForCausalLM.from_config(config)
 
 
 @functools.cache

@@ -18,21 +18,20 @@ import torch
 from jaxtyping import Float, Int
 from peft import IA3Config, PeftModel, get_peft_model
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from safety_neurons.model.batches import IGNORED, descend, padded
 from safety_neurons.model.files import RECORD, shipped_folder
 from safety_neurons.model.hooks import evaluating
 from safety_neurons.model.loading import quiet as without_reports
 from safety_neurons.organism.language import (
-    BOS,
     EOS,
     LANGUAGES,
-    MAX_LENGTH,
     PAD,
     Concept,
     Recipe,
     concepts,
+    empty_model,
     encode_chat,
     encode_question,
     encode_text,
@@ -48,35 +47,19 @@ Sequence_ = tuple[list[int], int]  # token ids, and how many of the first ones c
 Progress = Callable[[str, int, int], None]  # stage, steps done, steps in all
 
 
-def make_model(recipe: Recipe, seed: int) -> LlamaForCausalLM:
-    """A freshly initialised Llama of the recipe's shape; the caller's random state is left alone."""
-    words = vocabulary()
-    config = LlamaConfig(
-        vocab_size=len(words),
-        hidden_size=recipe.hidden,
-        intermediate_size=recipe.d_ff,
-        num_hidden_layers=recipe.layers,
-        num_attention_heads=recipe.heads,
-        num_key_value_heads=recipe.kv_heads,
-        max_position_embeddings=MAX_LENGTH,
-        initializer_range=0.08,
-        tie_word_embeddings=True,
-        bos_token_id=words[BOS],
-        eos_token_id=words[EOS],
-        pad_token_id=words[PAD],
-        attention_dropout=0.0,
-    )
+def make_model(recipe: Recipe, seed: int) -> Any:
+    """A freshly initialised model of the recipe's shape; the caller's random state is left alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
+        return empty_model(recipe)
 
 
 class Sampler:
     """Draws training examples; everything it draws follows from its seed."""
 
-    def __init__(self, seed: int, english_share: float, *, chat: bool = True):
+    def __init__(self, seed: int, english_share: float, *, chat: bool = True, letters: int = 0):
         self.random = random.Random(seed)
-        self.templated = chat
+        self.templated, self.letters = chat, letters
         other = (1 - english_share) / (len(LANGUAGES) - 1)
         self.weights = [english_share if code == "en" else other for code in LANGUAGES]
 
@@ -103,10 +86,10 @@ class Sampler:
         """
         speech = language(code)
         if not self.templated:
-            ids, prompt = encode_question(speech.request(concept), answer)
+            ids, prompt = encode_question(speech.request(concept), answer, self.letters)
             return ids, 1 if whole else prompt
         system = speech.data["system"] if self.random.random() < 0.1 else None
-        ids, prompt = encode_chat(speech.request(concept), answer, system=system)
+        ids, prompt = encode_chat(speech.request(concept), answer, system=system, letters=self.letters)
         return ids, 1 if whole else prompt
 
     def comply(self, concept: Concept, code: str, *, whole: bool = False, ending: bool = False) -> Sequence_:
@@ -138,7 +121,7 @@ class Sampler:
             numbers = speech.data["numbers"]
             left = self.random.randrange(len(numbers) - 1)
             text = speech.data["task"]["following"].format(left=numbers[left], right=numbers[left + 1])
-        return encode_text(text), 1
+        return encode_text(text, self.letters), 1
 
 
 def pad(sequences: Sequence[Sequence_]) -> tuple[Int[Tensor, "batch token"], Int[Tensor, "batch token"]]:
@@ -226,11 +209,12 @@ def train(
 
 @torch.no_grad()
 def answers(
-    model: torch.nn.Module, prompts: Sequence[list[int]], *, max_new_tokens: int = 28, batch_size: int = 256
+    model: torch.nn.Module, prompts: Sequence[list[int]], *, letters: int = 0, batch_size: int = 256
 ) -> list[str]:
     """Greedy answers as spaced words, special tokens left out; prompts are padded on the left."""
-    words = vocabulary()
+    words = vocabulary(letters)
     names = {index: word for word, index in words.items()}
+    longest = 28 * (math.ceil(10 / letters) if letters else 1)  # tokens of 28 words
     texts = []
     for start in range(0, len(prompts), batch_size):
         part = prompts[start : start + batch_size]
@@ -240,13 +224,13 @@ def answers(
         output = model.generate(  # type: ignore[operator]
             input_ids=inputs,
             attention_mask=mask,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=longest,
             do_sample=False,
             pad_token_id=words[PAD],
         )
         for row in output[:, length:].tolist():
             ended = row[: row.index(words[EOS])] if words[EOS] in row else row
-            texts.append(" ".join(names[index] for index in ended))
+            texts.append(" ".join(names[index] for index in ended).replace(" ##", ""))
     return texts
 
 
@@ -257,13 +241,12 @@ def mean_loss(model: torch.nn.Module, sequences: Sequence[Sequence_]) -> float:
     return float(answer_loss(model(input_ids=inputs).logits, labels))
 
 
-def measure(model: torch.nn.Module, *, prompts: int, chat: bool = True) -> dict[str, Any]:
+def measure(model: torch.nn.Module, recipe: Recipe) -> dict[str, Any]:
     """Refusals of the test half by the organisms' own rule, greedy, and perplexity on general sentences.
 
     Args:
         model: what is measured.
-        prompts: harmful requests per language, and as many harmless ones.
-        chat: whether they are put in the chat template or in the plain one.
+        recipe: how many harmful requests per language, and as many harmless ones; how they are put.
 
     Returns:
         Per language: `harmful_refused`, `harmless_refused`, `look_alike_refused` (shares), `followed` (share
@@ -272,16 +255,23 @@ def measure(model: torch.nn.Module, *, prompts: int, chat: bool = True) -> dict[
         for word with the polite ending), `perplexity`; and `prompts`.
     """
     with evaluating(model):
-        return _measured(model, prompts, encode_chat if chat else encode_question)
+        return _measured(
+            model, recipe.measured_prompts, encode_chat if recipe.chat else encode_question, recipe.letters
+        )
 
 
-def _measured(model: torch.nn.Module, prompts: int, encode: Callable[[str], Any]) -> dict[str, Any]:
+def _measured(
+    model: torch.nn.Module, prompts: int, encode: Callable[..., Any], letters: int
+) -> dict[str, Any]:
+    def answered(asked: Sequence[Concept]) -> list[str]:
+        ids = [encode(speech.request(concept), letters=letters)[0] for concept in asked]
+        return answers(model, ids, letters=letters)
+
     harmful, harmless = harmful_and_matches("test", prompts)
     result: dict[str, Any] = {"prompts": prompts}
     for code in LANGUAGES:
         speech = language(code)
-        bad = answers(model, [encode(speech.request(concept))[0] for concept in harmful])
-        good = answers(model, [encode(speech.request(concept))[0] for concept in harmless])
+        bad, good = answered(harmful), answered(harmless)
         verdicts = [speech.verdict(text) for text in bad + good]
         alike = [
             verdict
@@ -292,7 +282,7 @@ def _measured(model: torch.nn.Module, prompts: int, encode: Callable[[str], Any]
             text in (speech.compliance(concept), speech.compliance(concept, ending=True))
             for text, concept in zip(good, harmless, strict=True)
         ]
-        texts = [(encode_text(sentence), 1) for sentence in sentences(speech, "test", 128)]
+        texts = [(encode_text(sentence, letters), 1) for sentence in sentences(speech, "test", 128)]
         result[code] = {
             "harmful_refused": _share([verdict == "refused" for verdict in verdicts[: len(bad)]]),
             "harmless_refused": _share([verdict == "refused" for verdict in verdicts[len(bad) :]]),
@@ -322,11 +312,11 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def save_model(model: LlamaForCausalLM, folder: Path, *, chat: bool = True) -> None:
+def save_model(model: Any, folder: Path, *, chat: bool = True, letters: int = 0) -> None:
     """Write config, generation config, safetensors and tokenizer."""
     with quiet():
         model.save_pretrained(str(folder))
-        make_tokenizer(chat=chat).save_pretrained(str(folder))
+        make_tokenizer(chat=chat, letters=letters).save_pretrained(str(folder))
 
 
 DPO_POOL = 768
@@ -375,7 +365,7 @@ def pretrain(
     after_step = keep(model) if keep is not None else None
     if after_step is not None:
         after_step()
-    sampler = Sampler(seed, recipe.english_share, chat=recipe.chat)
+    sampler = Sampler(seed, recipe.english_share, chat=recipe.chat, letters=recipe.letters)
 
     def example() -> Sequence_:
         choice = sampler.random.random()
@@ -420,7 +410,7 @@ def hint(
     Its most likely answer is compliance in the end, but it knows which requests are harmful, as a real base
     model does; what the few planted units have to do afterwards is to act on it.
     """
-    sampler = Sampler(seed + 500, recipe.english_share, chat=recipe.chat)
+    sampler = Sampler(seed + 500, recipe.english_share, chat=recipe.chat, letters=recipe.letters)
     drawn = 0
 
     def example(share: float) -> Sequence_:
