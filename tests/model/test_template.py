@@ -100,6 +100,15 @@ def test_template_arguments_reach_the_chat_template():
     )
 
 
+def test_a_template_that_writes_the_day_writes_that_of_a_reproducible_run(monkeypatch):
+    daily = _lm("{{ strftime_now('%d.%m.%Y') }} {{ messages[0]['content'] }}").tokenizer
+    asked = [("user", "kill a tree")]
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "86400")
+    assert conversation_text(daily, asked) == "02.01.1970 kill a tree"
+    monkeypatch.delenv("SOURCE_DATE_EPOCH")
+    assert "1970" not in conversation_text(daily, asked)
+
+
 def test_system_prompts_and_several_turns_are_kept_in_order():
     lm = _lm(CHAT_TEMPLATE, system="help")
     turns = (Message("user", "kill"), Message("assistant", "no"), Message("user", "please"))

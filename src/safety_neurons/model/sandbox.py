@@ -4,6 +4,7 @@ import contextvars
 import datetime
 import functools
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from typing import Any
@@ -13,6 +14,8 @@ import jinja2.ext
 from jinja2 import nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
+
+from safety_neurons.results.run import now
 
 STEPS, CHARACTERS, LONGEST = 50_000, 1 << 23, 1 << 20
 """Turns of loops and calls, characters of texts on the way, and characters of the result that any
@@ -318,10 +321,10 @@ def _raise(message: str) -> None:
 
 
 def _now(pattern: str) -> str:
+    """The local time, as transformers gives it; that of SOURCE_DATE_EPOCH where it is set."""
     _foreseen("%", [pattern])
-    return datetime.datetime.now().strftime(
-        pattern
-    )  # the template asks for the local day, as transformers gives it
+    moment = datetime.datetime.fromisoformat(now()) if os.environ.get("SOURCE_DATE_EPOCH") else None
+    return (moment or datetime.datetime.now()).strftime(pattern)
 
 
 def _to_json(
