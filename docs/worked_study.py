@@ -23,7 +23,7 @@ from typing import Any
 
 HERE = pathlib.Path(__file__).resolve().parent
 PAGE = HERE / "worked-study.md"
-MARK = re.compile(r"<!--(?P<path>[\w.-]+)(?:\|(?P<format>[^>]*?))?-->(?P<text>[^<]*)<!--/-->")
+MARK = re.compile(r"<!--(?P<path>[\w.' -]+?)(?:\|(?P<format>[^>]*?))?-->(?P<text>[^<]*)<!--/-->")
 
 
 def commands(page: str) -> dict[str, list[str]]:
@@ -47,12 +47,27 @@ def quoted(page: str) -> list[str]:
 
 
 def at(results: Any, path: str) -> Any:
-    """The value at a path of names and list places."""
-    for part in path.split("."):
-        results = results[int(part)] if isinstance(results, list) else results[part]
+    """The value at a path of names and list places. A name may hold dots (`tpr_at_fpr.0.01`) and spaces; of a
+    list of rows that have names (`value`, `name`, `source`) a row may be called by its own.
+    """
+    parts = path.split(".")
+    while parts:
+        if isinstance(results, list):
+            part = parts.pop(0)
+            results = results[int(part)] if part.isdigit() else _called(results, part)
+            continue
+        names = (".".join(parts[:length]) for length in range(1, len(parts) + 1))
+        name = next((name for name in names if name in results), parts[0])
+        results = results[name]
+        parts = parts[name.count(".") + 1 :]
     if isinstance(results, dict):
         return {name: results[name] for name in ("value", "low", "high") if name in results}
     return results
+
+
+def _called(rows: list[Any], name: str) -> Any:
+    keys = ("value", "name", "source")
+    return next(row for row in rows if name in [row.get(key) for key in keys])
 
 
 def shown(value: Any, form: str | None) -> str:
@@ -135,7 +150,7 @@ def keep(page: str, folder: pathlib.Path) -> dict[str, Any]:
     for path in quoted(page):
         try:
             numbers[path] = at(records, path)
-        except (KeyError, IndexError, TypeError):
+        except (KeyError, IndexError, TypeError, StopIteration):
             sys.stderr.write(f"{path}: the command gave no such value\n")
     return {
         "commands": {name: shlex.join(words) for name, words in commands(page).items()},

@@ -93,3 +93,11 @@ def test_what_the_page_says_of_its_first_sets_is_found_again(study, page, kept):
     assert found.neurons.share_of_parameters == pytest.approx(kept["numbers"]["found.share_of_parameters"])
     assert len(found.neurons.only(layers=[3])) == kept["numbers"]["where.sets.1.by_layer.3.members"]
     assert found.prompts.used == kept["numbers"]["found.prompts.used"]
+
+
+def test_a_path_leads_to_names_with_dots_and_to_rows_by_their_names(study):
+    results = {"rows": [{"value": "a b", "tpr": {"0.01": {"it's": 3}}}, {"name": "c", "tpr": 4}]}
+    assert study.at(results, "rows.a b.tpr.0.01.it's") == 3
+    assert study.at(results, "rows.c.tpr") == study.at(results, "rows.1.tpr") == 4
+    mark = study.MARK.search("<!--run.rows.a b.tpr.0.01.it's|.3f-->0<!--/-->")
+    assert (mark["path"], mark["format"]) == ("run.rows.a b.tpr.0.01.it's", ".3f")
