@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from safety_neurons.cli import guard as guard_serve
+from safety_neurons.cli import served as served_log
 from safety_neurons.cli.session import Common, Session
 from safety_neurons.errors import RunError, UsageError
 from safety_neurons.guard import OperatingPoint
@@ -134,9 +135,9 @@ def test_the_log_is_a_line_of_words_or_of_json_and_breaks_at_nothing_a_client_wr
         "guard_ms": 2.0,
     }
     event |= {"flagged": 1, "of": 2, "p_unsafe": 0.97, "prompt": ["line\n2026 forged line\u2028"]}
-    guard_serve.lines(as_json=False, debug=False)(event)
-    guard_serve.lines(as_json=True, debug=False)(event)
-    guard_serve.lines(as_json=False, debug=False)(
+    served_log.lines(as_json=False, debug=False)(event)
+    served_log.lines(as_json=True, debug=False)(event)
+    served_log.lines(as_json=False, debug=False)(
         {"event": "exception", "id": "req-2", "error": ValueError("secret words")}
     )
     words, as_json, failed = capsys.readouterr().err.splitlines()

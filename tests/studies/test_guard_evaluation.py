@@ -7,12 +7,20 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from guard_tools import requests, some_neurons, tiny_model
 from scipy.stats import norm
 from sklearn import metrics
 
 from safety_neurons.errors import InputError, UsageError
-from safety_neurons.guard import expected_calibration_error, fit_guard
+from safety_neurons.guard import (
+    AnswerTokens,
+    expected_calibration_error,
+    fit_answers,
+    fit_guard,
+    read_features,
+    score_answers,
+)
 from safety_neurons.judges.judgement import Judge, harm_verdict
 from safety_neurons.prompt_lists import Prompts
 from safety_neurons.results import AreaPart, area_difference, auroc, mean_area_difference
@@ -20,15 +28,14 @@ from safety_neurons.studies import guard_evaluation
 from safety_neurons.studies import guard_evaluation as statistics
 from safety_neurons.studies.guard_baselines import neuron_counts
 from safety_neurons.studies.guard_data import cases_of
-from safety_neurons.studies.guard_evaluation import (
+from safety_neurons.studies.guard_evaluation import EVERY, ScoredCases, at, evaluate_guard
+from safety_neurons.studies.guard_outputs import (
     GUARDED,
     UNGUARDED,
-    ScoredCases,
-    at,
     cut_of,
-    evaluate_guard,
     guarded_outputs,
     some,
+    stopped_answers,
 )
 
 
@@ -340,6 +347,7 @@ def test_conversations_are_judged_as_the_guard_judges_them(guard, found):
 def test_every_baseline_has_a_row_with_its_paired_difference(found):
     rows = {row["name"]: row for row in found.result["baselines"]}
     assert list(rows) == [
+        "guard, one reading",
         "random neurons",
         "TF-IDF words",
         "TF-IDF characters",
@@ -360,12 +368,23 @@ def test_every_baseline_has_a_row_with_its_paired_difference(found):
 def test_rates_that_too_few_safe_requests_support_are_not_shown(found):
     assert found.result["tpr_at_fpr"]["0.01"]["value"] is None
     assert (
-        "40 safe requests; a false-positive rate of 0.01 needs 2,000"
+        "40 safe requests; a false-positive rate of 0.01 needs 500"
         in found.result["tpr_at_fpr"]["0.01"]["why"]
     )
-    scores, labels = np.arange(3000.0), np.arange(3000) >= 2500
+    scores, labels = np.arange(1000.0), np.arange(1000) >= 500
     assert at(scores, labels, 0.01, 0)["value"] == 1
     assert at(scores, labels, 0.001, 0)["value"] is None
+
+
+def test_one_reading_of_a_conversation_is_what_the_guard_says_of_its_whole_alone(model, guard, found):
+    cases = [case for case in found.scored.cases.items if case.variant == "later-turn"]
+    read = read_features(model, [case.prompt for case in cases], guard.neurons, pooling=guard.pooling)
+    values = guard.classifier.scores(torch.from_numpy(read.values))
+    area = metrics.roc_auc_score([case.unsafe for case in cases], values.numpy())
+    row = next(row for row in found.result["attacks"] if row["value"] == "later-turn")
+    assert row["auroc"]["guard, one reading"]["value"] == pytest.approx(area, abs=1e-9)
+    written = next(row for row in found.result["attacks"] if row["value"] == "as written")
+    assert written["auroc"]["guard, one reading"] == written["auroc"]["guard"]
 
 
 def test_tables_cut_the_same_requests(found):
@@ -419,6 +438,11 @@ def test_a_value_left_out_is_tested_by_classifiers_that_never_saw_it(model, guar
     )
     items = evaluation.scored.cases.items
     folds, left_out = seen[:3], seen[3:]
+    *rows, every = evaluation.result["leave_out"]["language"]
+    assert every["value"] == EVERY
+    assert every["n_unsafe"] == sum(row["n_unsafe"] for row in rows) == 40
+    assert every["auroc"]["guard's neurons"]["value"] == 0.5  # every score was 0
+    assert "needs 100" in every["tpr_at_fpr"]["0.05"]["guard's neurons"]["why"]
     tested = [row for _, others in folds for row in others]
     assert sorted(tested) == list(range(len(items)))
     for fit, others in folds:
@@ -510,6 +534,40 @@ def test_counts_have_a_row_for_every_detector_size_and_setting(model):
     for row in rows:
         assert len(row["random"]) == 2
         assert row["difference"]["value"] == pytest.approx(row["auroc"] - np.mean(row["random"]), abs=1e-9)
+
+
+def test_answers_are_stopped_as_the_classifier_for_answers_judges_them(model, guard):
+    number = np.random.default_rng(0)
+
+    def answers(kind, n, length):
+        asked = requests(n, 7)[kind]
+        return [
+            AnswerTokens(
+                one,
+                tuple(model.encode(one)[0].ids),
+                tuple(number.integers(5 + 9 * kind, 14 + 9 * kind, length).tolist()),
+            )
+            for one in asked
+        ]
+
+    bad, good = answers(0, 40, 8), answers(1, 40, 8)
+    able = fit_answers(guard, bad, good, every=2, max_new_tokens=6, pooling="last", fpr=0.1)
+    lists = {"a": bad[:30], "b": bad[30:]}, {"a": good[:25], "c": good[25:]}
+    found = stopped_answers(able, *lists)
+    cut = [dataclasses.replace(one, token_ids=one.token_ids[:6]) for one in (*bad, *good)]
+    verdicts = score_answers(able, cut)
+    assert found["stopped_unsafe"]["value"] == np.mean([one.flagged for one in verdicts[:40]])
+    assert found["stopped_safe"]["value"] == np.mean([one.flagged for one in verdicts[40:]])
+    assert found["auroc"]["value"] == pytest.approx(
+        metrics.roc_auc_score([1] * 40 + [0] * 40, [one.p_unsafe for one in verdicts])
+    )
+    assert [row["source"] for row in found["by"]] == ["a", "b", "c"]
+    assert found["by"][1]["stopped_safe"]["value"] is None
+    assert found["by"][2]["stopped_safe"]["n"] == 15
+    with pytest.raises(UsageError, match="no classifier for answers"):
+        stopped_answers(guard, *lists)
+    with pytest.raises(InputError, match="40 unsafe and 0 safe answers"):
+        stopped_answers(able, {"a": bad}, {})
 
 
 class EvenLengths(Judge):

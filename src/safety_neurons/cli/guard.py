@@ -4,14 +4,12 @@ written, behind an endpoint.
 
 import contextlib
 import dataclasses
-import json
 import os
 import pathlib
-import time
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar
 
-from safety_neurons.cli import console
+from safety_neurons.cli.served import banner, lines, say, tell_json
 from safety_neurons.cli.session import NeuronFile, OneModel, PromptFile, Session, Some, listed, named, resolve
 from safety_neurons.cli.verb import verb
 from safety_neurons.declarations import Between, Count, Declaration, OneOf, OpenShare, Panel, Positive, Reads
@@ -21,8 +19,8 @@ from safety_neurons.prompt_lists.readers import LOOK_ALIKES
 CHECKS, ALL, CURVES = "Thresholds", "all", "curves.json"
 POOLINGS, WINDOW = ("last", "mean", "max", "agree"), 8
 OtherSource = Annotated[str, Reads("prompts", column=True, words=("none",))]
-UnsafeAnswers = Annotated[str, Reads("prompts", answers="harmful_answer_column")]
-SafeAnswers = Annotated[str, Reads("prompts", answers="harmless_answer_column")]
+UnsafeAnswers = Annotated[str, Reads("prompts", answers="harmful_answer_column", several=True)]
+SafeAnswers = Annotated[str, Reads("prompts", answers="harmless_answer_column", several=True)]
 SeveralLists = Annotated[str, Reads("prompts", column=True, several=True)]
 
 
@@ -175,39 +173,60 @@ class Thresholds(Declaration):
 
 
 @dataclasses.dataclass(frozen=True)
-class Rechecks(Declaration):
-    """What a classifier for answers is fit on, which stops them while they are written."""
+class LabelledAnswers(Declaration):
+    """Answers that were labelled before."""
 
     PANEL: ClassVar[str | None] = "Answers under way"
+
+    answers_harmful: UnsafeAnswers | None = None
+    """Comma-separated: prompts with unsafe answers, FILE or NAME=FILE; guard fit without them lets the model
+    answer the unsafe prompts.
+    """
+    answers_harmless: SafeAnswers | None = None
+    """Likewise, prompts with safe answers."""
+    harmful_answer_column: str | None = None
+    """Column of the answers of --answers-harmful, such as rejected."""
+    harmless_answer_column: str | None = None
+    """Column of the answers of --answers-harmless, such as chosen."""
+
+    def check(self) -> None:
+        """Also that there are answers of both kinds or of none."""
+        super().check()
+        if (self.answers_harmful is None) != (self.answers_harmless is None):
+            raise UsageError(
+                "--answers-harmful and --answers-harmless belong together; expected both, or neither"
+            )
+
+    def read(self, session: Session, model: Any, limit: int | None) -> list[dict[str, Any]]:
+        """Unsafe and safe answers, each by the name of their list."""
+        from safety_neurons.guard import answers_in
+
+        return [
+            {prompts.name: answers_in(model, prompts) for prompts in session.lists(name, model, limit)}
+            for name in ("answers_harmful", "answers_harmless")
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rechecks(LabelledAnswers):
+    """What a classifier for answers is fit on, which stops them while they are written."""
 
     recheck_every: Count = 0
     """Also fit a classifier for answers, which reads them every N tokens."""
     recheck_tokens: Positive = 64
     """Tokens of an answer that it reads at most."""
-    answers_harmful: UnsafeAnswers | None = None
-    """Prompts with unsafe answers. [default: the model answers the unsafe prompts]"""
-    answers_harmless: SafeAnswers | None = None
-    """Prompts with safe answers. [default: the model answers the safe prompts]"""
-    harmful_answer_column: str | None = None
-    """Column of the answers of --answers-harmful, such as rejected."""
-    harmless_answer_column: str | None = None
-    """Column of the answers of --answers-harmless, such as chosen."""
     answers_judge: Annotated[str, Reads("judges")] = "refusal"
     """Judge of what the model answers to unsafe prompts: what it calls harmful is unsafe, the rest safe."""
     answers_pooling: Annotated[str, OneOf("auto", *POOLINGS)] = "auto"
     """How the tokens of an answer are pooled, as --pooling."""
 
     def check(self) -> None:
-        """Also that a check comes before the end, and that there are answers of both kinds or of none."""
+        """Also that a check comes before the end, and that answers have a use."""
         super().check()
         if self.recheck_every > self.recheck_tokens:
             raise UsageError(
                 f"--recheck-every {self.recheck_every} of --recheck-tokens {self.recheck_tokens}; "
                 "expected no more"
-            )
-        if (self.answers_harmful is None) != (self.answers_harmless is None):
-            raise UsageError(
-                "--answers-harmful and --answers-harmless belong together; expected both, or neither"
             )
         if self.answers_harmful is not None and not self.recheck_every:
             raise UsageError(
@@ -216,12 +235,13 @@ class Rechecks(Declaration):
 
     def answers(self, session: Session, model: Any, data: Any, limit: int | None) -> tuple[Any, Any]:
         """Unsafe and safe answers: those of the files, or what the model writes, judged."""
-        from safety_neurons.guard import answers_in
         from safety_neurons.studies.guard_data import own_answers
 
         if self.answers_harmful is not None:
-            lists = [session.read(name, model, limit) for name in ("answers_harmful", "answers_harmless")]
-            return answers_in(model, lists[0]), answers_in(model, lists[1])
+            harmful, harmless = (
+                [one for some in lists.values() for one in some] for lists in self.read(session, model, limit)
+            )
+            return harmful, harmless
         with session.progress("answers") as progress:
             found = own_answers(
                 model,
@@ -475,6 +495,7 @@ def evaluate(
     baselines: Baselines,
     variants: Variants,
     outputs: Outputs,
+    labelled: LabelledAnswers,
 ) -> dict[str, Any]:
     """What a guard is worth: curves, fixed rates, calibration, slices, attacks, left-out data, beside
     baselines that can embarrass it.
@@ -486,19 +507,19 @@ def evaluate(
         from safety_neurons.studies.guard_baselines import neuron_counts
         from safety_neurons.studies.guard_data import ATTACKS, PERTURBATIONS
         from safety_neurons.studies.guard_evaluation import evaluate_guard
+        from safety_neurons.studies.guard_outputs import stopped_answers
 
         model = session.model(guarded.model)
         guard = Guard.load(guarded.folder, model)
         if held.fpr is not None:
             guard = guard.at(held.fpr)
+        if labelled.answers_harmful is not None and guard.answers is None:
+            raise UsageError(
+                "--answers-harmful, and the guard has no classifier for answers; fit it with --recheck-every"
+            )
 
         def read(name: str) -> list[Any]:
-            limit = None if name.startswith("fit") else some.limit
-            parts = named(session.options[name])
-            return [
-                _renamed(session.prompts(path, model, limit, column=some.column), label)
-                for label, path in parts
-            ]
+            return session.lists(name, model, None if name.startswith("fit") else some.limit)
 
         attacks, left_out = chosen(variants.attacks, ATTACKS), listed(baselines.leave_out) or ()
         with session.status("guard evaluate") as progress:
@@ -533,10 +554,20 @@ def evaluate(
                     **session.running,
                 )
             answered = answers_of(session, outputs, model, guard, read, progress) if outputs.outputs else None
+            stopped = None
+            if labelled.answers_harmful is not None:
+                progress("labelled answers")
+                stopped = stopped_answers(guard, *labelled.read(session, model, some.limit))
         curves = session.folder.path(CURVES)
         write_json(curves, evaluation.curves)
         session.notes.extend(evaluation.notes)
-        return {**evaluation.result, "counts": sizes, "outputs": answered, "curves": str(curves)}
+        return {
+            **evaluation.result,
+            "counts": sizes,
+            "outputs": answered,
+            "answers": stopped,
+            "curves": str(curves),
+        }
 
     return session.run(work)
 
@@ -550,7 +581,7 @@ def answers_of(
     progress: Any,
 ) -> dict[str, Any]:
     """What the model writes with and without the guard; the completions are kept beside the result."""
-    from safety_neurons.studies.guard_evaluation import guarded_outputs, some
+    from safety_neurons.studies.guard_outputs import guarded_outputs, some
 
     joined = [sum(lists[1:], lists[0]) for lists in (read("unsafe"), read("safe"))]
     file = session.folder.path("completions.jsonl")
@@ -574,13 +605,6 @@ def chosen(text: str | None, known: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(known) if text == ALL else listed(text) or ()
 
 
-def _renamed(prompts: Any, name: str) -> Any:
-    from safety_neurons.prompt_lists import Prompts
-
-    return Prompts(prompts, name, prompts.notes)
-
-
-RATES = ("caught", "false_positives")
 INSTALL = "pip install 'safety-neurons[serve]'"
 TOKEN_VARIABLE, UPSTREAM_KEY_VARIABLE = "SAFETY_NEURONS_TOKEN", "SAFETY_NEURONS_UPSTREAM_KEY"
 
@@ -808,91 +832,3 @@ def listening(settings: Any) -> Any:
 
     with contextlib.closing(bound(settings.host, settings.port)) as sock:
         yield sock
-
-
-def banner(guard: Any, settings: Any, where: str) -> list[str]:
-    """What a person reads when the server is ready."""
-    unsure = "is let through (--fail-open)" if settings.fail_open else "is not safe"
-    flagged = (
-        "is answered like any other (--shadow)"
-        if settings.shadow
-        else f"gets {'a refusal' if settings.on_unsafe == 'refuse' else 'an error'}"
-    )
-    who = "clients with the token" if settings.token else "this machine only, without a token"
-    standing = guard.standing
-    from safety_neurons.display.guards import interval
-    from safety_neurons.display.parts import plain
-
-    caught, wrong = (
-        plain(interval(standing[name])) if standing[name] else "nobody knows what share" for name in RATES
-    )
-    return [
-        f"guard      {len(guard.neurons):,} neurons, threshold {guard.threshold:.4g} ({guard.in_force})",
-        f"catches    {caught} of the unsafe requests it was calibrated on, and {wrong} of the safe ones",
-        *([f"beware     {guard.why_idle}"] if guard.why_idle else []),
-        f"answers    {settings.upstream or f'the model itself, as {settings.name}'}",
-        f"flagged    {flagged}; what the guard cannot judge {unsure}",
-        f"open to    {who}",
-        f"listening  {where}",
-    ]
-
-
-def tell_json(guard: Any, settings: Any, where: str) -> None:
-    """The one object on standard output, as soon as requests are taken: a program that chose port 0 reads
-    there which one it is.
-    """
-    line = {
-        "url": where,
-        "host": settings.host,
-        "port": int(where.rpartition(":")[2]),
-        "model": settings.name,
-        "upstream": settings.upstream,
-        "threshold": guard.threshold,
-        "token": settings.token is not None,
-        "pid": os.getpid(),
-    }
-    stream = console.streams().out
-    stream.write(console.json_line(line))
-    stream.flush()
-
-
-def say(rows: list[str]) -> None:
-    """Lines on standard error."""
-    console.tell("".join(f"{row if row.isprintable() else console.line_of(row)}\n" for row in rows))
-
-
-def lines(*, as_json: bool, debug: bool) -> Callable[[Mapping[str, Any]], None]:
-    """What writes the log: one line a request on standard error, as words or as JSON."""
-
-    def write(event: Mapping[str, Any]) -> None:
-        error = event.get("error")
-        if debug and isinstance(error, BaseException):
-            import traceback
-
-            traceback.print_exception(error, file=console.streams().err)
-        if error is not None:
-            event = {**event, "error": type(error).__name__}
-        stamp = time.strftime("%Y-%m-%dT%H:%M:%S")
-        say([json.dumps({"time": stamp, **event}, default=str) if as_json else f"{stamp}  {line(event)}"])
-
-    return write
-
-
-def line(event: Mapping[str, Any]) -> str:
-    """An event in words. Nothing that a client wrote is in it, unless prompts are logged: then as a JSON
-    string.
-    """
-    if event["event"] == "request":
-        parts = [f"{event['method']:<4} {event['route']:<33} {event['status']}", f"{event['ms']:>8.1f} ms"]
-    else:
-        parts = [str(event[name]) for name in ("event", "error") if name in event]
-    if "guard_ms" in event:
-        parts.append(f"guard {event['guard_ms']:.1f} ms")
-    if "of" in event:
-        parts.append(f"flagged {event['flagged']}/{event['of']}")
-    parts += [f"p {event['p_unsafe']:.3f}"] if "p_unsafe" in event else []
-    parts += [str(event[name]) for name in ("guard", "code", "exception") if name in event]
-    parts.append(event["id"])
-    if "prompt" in event:
-        parts.append(json.dumps(event["prompt"]))
-    return "  ".join(parts)

@@ -407,6 +407,17 @@ class Session:
             else self.prompts(source, model, limit=limit, **self._columns(reads))
         )
 
+    def lists(self, name: str, model: Any, limit: int | None = None) -> list[Any]:
+        """The prompts of every part of an option that names several lists, each under its name."""
+        from safety_neurons.prompt_lists import Prompts
+
+        columns = self._columns(self.reads[name])
+        found = []
+        for label, source in named(self.options[name]):
+            read = self.prompts(source, model, limit, **columns)
+            found.append(Prompts(read, label, read.notes))
+        return found
+
     def prompts(self, source: str, model: Any, limit: int | None = None, **columns: str | None) -> Any:
         """Prompts by name or file; `builtin:` names mean the organism's own where the model is one."""
         from safety_neurons.prompt_lists import prompts

@@ -95,7 +95,15 @@ def slices_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     names = list(dict.fromkeys(label for row in rows for label in row["auroc"]))
     others = list(dict.fromkeys(label for row in rows for label in row["difference"]))
     ours = [label for label in names if label not in others]
-    rated = list(dict.fromkeys(label for row in rows for label in row.get("tpr_at_fpr") or {}))
+    rated = list(
+        dict.fromkeys(
+            (target, label)
+            for row in rows
+            for target, rates in (row.get("tpr_at_fpr") or {}).items()
+            for label, rate in rates.items()
+            if rate["value"] is not None
+        )
+    )
     cells = []
     for row in rows:
         against = f" (against {visible(row['against'], 20)})" if row["against"] else ""
@@ -107,7 +115,10 @@ def slices_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
                 interval(row["flagged_safe"]) if row["n_safe"] else NONE,
                 *(interval(row["auroc"].get(label)) for label in ours),
                 *(interval(row["difference"].get(label), signed=True) for label in others),
-                *(interval((row.get("tpr_at_fpr") or {}).get(label)) for label in rated),
+                *(
+                    interval((row.get("tpr_at_fpr") or {}).get(target, {}).get(label))
+                    for target, label in rated
+                ),
             ]
         )
     columns = [
@@ -122,7 +133,7 @@ def slices_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
         [
             *columns,
             *(f"minus {visible(label, 24)}" for label in others),
-            *(f"TPR at 1 % FPR, {visible(label, 24)}" for label in rated),
+            *(f"TPR at {percent(float(target))} FPR, {visible(label, 24)}" for target, label in rated),
         ],
         cells,
     )
@@ -149,6 +160,24 @@ def outputs_table(found: Mapping[str, Any]) -> Table:
         )
         caption += f"; {count(found['refused_by_model'])} unsafe requests have no unsafe answer to begin with"
     return Table(caption, columns, rows)
+
+
+def answers_table(found: Mapping[str, Any]) -> Table:
+    """Labelled answers that re-checks stop, by source."""
+    rows: list[Sequence[Cell]] = [
+        [
+            visible(row["source"], 40),
+            interval(row["auroc"]),
+            interval(row["stopped_unsafe"]),
+            interval(row["stopped_safe"]),
+        ]
+        for row in [*found["by"], found]
+    ]
+    caption = (
+        f"Answers that were labelled before, read every {count(found['every'])} tokens, at threshold "
+        f"{number(found['threshold'], 3)}"
+    )
+    return Table(caption, ["answers", "AUROC", "unsafe ones stopped", "safe ones stopped"], rows)
 
 
 def counts_table(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -300,6 +329,8 @@ def worth_part(run: ReportedRun) -> DisplayPart:
         tables.append(slices_table(f"Left out of fitting: every {visible(column, 30)} once", rows))
     if result.get("outputs"):
         tables.append(outputs_table(result["outputs"]))
+    if result.get("answers"):
+        tables.append(answers_table(result["answers"]))
     if result.get("counts"):
         tables.append(counts_table(result["counts"]))
     return DisplayPart(say("Guard of {}", name(run.model)), lead, _figures(run), tables, details)

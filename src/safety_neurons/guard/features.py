@@ -540,10 +540,12 @@ def read_poolings(
     direction: Float[Tensor, " neuron"] | None = None,
     batch_size: BatchSize = "auto",
     progress: Progress | None = None,
+    also: Callable[[Batch], None] | None = None,
 ) -> dict[Pooling, Features]:
     """`read_features` of encoded prompts for several poolings, in one pass over the prompts.
 
-    `direction`: of the classifier that tokens have to agree with (`Classifier.direction`).
+    `direction`: of the classifier that tokens have to agree with (`Classifier.direction`). `also`: called
+    behind the pass of every batch, which then runs through all layers.
 
     Source: as `read_features`.
     """
@@ -561,8 +563,10 @@ def read_poolings(
     def keep(batch: Batch) -> None:
         for pooling, values in collector.result().items():
             found[pooling][batch.indices] = values.to("cpu", torch.float32).numpy()
+        if also is not None:
+            also(batch)
 
-    collect(model, encoded, collector, keep, batch_size, progress=progress, notes=notes)
+    collect(model, encoded, collector, keep, batch_size, also is not None, progress=progress, notes=notes)
     truncated = np.array([item.truncated for item in encoded])
     lengths = np.array([len(item.ids) for item in encoded])
     if truncated.any():
@@ -614,14 +618,17 @@ def collect(
     collector: Collector,
     keep: Callable[[Batch], None],
     batch_size: BatchSize = "auto",
+    every_layer: bool = False,
     **watching: Any,
 ) -> None:
-    """Run prompts through a model up to the last layer that is read; `keep` is called behind every batch.
+    """Run prompts through a model up to the last layer that is read, or through every layer; `keep` is called
+    behind every batch.
 
     `watching`: see `run_batches`.
     """
     options = PassOptions(
-        before=lambda batch: collector.start(batch.attention_mask), last_layer=last_layer(collector.neurons)
+        before=lambda batch: collector.start(batch.attention_mask),
+        last_layer=None if every_layer else last_layer(collector.neurons),
     )
     with model_lock(model), collector:
         run_batches(model, [item.ids for item in encoded], keep, batch_size, options=options, **watching)

@@ -548,9 +548,24 @@ def read_residual(
     lm: LanguageModel, sequences: Sequence[Sequence[int]], batch_size: BatchSize = "auto"
 ) -> Float[np.ndarray, "case layer hidden"]:
     """The residual stream at the last token after every layer, in float32."""
+    with residual_stream(lm, len(sequences)) as (found, take):
+        run_batches(lm, sequences, take, batch_size)
+    return found
+
+
+@contextlib.contextmanager
+def residual_stream(
+    lm: LanguageModel, count: int
+) -> Iterator[tuple[Float[np.ndarray, "case layer hidden"], Callable[[Batch], None]]]:
+    """The residual stream at the last token after every layer, in float32, of sequences that are fed in the
+    block, whatever else is read of the same passes.
+
+    Gives an array with a row for each of `count` sequences, and what fills in the rows of a batch, to be
+    called behind its pass. The passes have to run to their end.
+    """
     layers = lm.anatomy.layers
     seen: dict[int, torch.Tensor] = {}
-    found = np.empty((len(sequences), len(layers), int(lm.config.hidden_size)), np.float32)
+    found = np.empty((count, len(layers), int(lm.config.hidden_size)), np.float32)
 
     def keep(number: int) -> Callable[[Any], None]:
         def after(output: Any) -> None:
@@ -567,8 +582,7 @@ def read_residual(
         seen.clear()
 
     with around(after={layer.module: keep(number) for number, layer in enumerate(layers)}):
-        run_batches(lm, sequences, take, batch_size)
-    return found
+        yield found, take
 
 
 def estimate(

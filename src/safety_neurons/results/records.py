@@ -588,8 +588,8 @@ class GuardSliceRecord(TypedDict):
     difference: dict[str, DifferenceRecord]
     """From the classifier that all are compared with."""
     look_alikes: NotRequired["GuardSliceRecord"]
-    tpr_at_fpr: NotRequired[dict[str, EstimateRecord]]
-    """Of what was left out of fitting, by classifier, at a false-positive rate of 1 %."""
+    tpr_at_fpr: NotRequired[dict[str, dict[str, EstimateRecord]]]
+    """Of what was left out of fitting, by false-positive rate and classifier."""
 
 
 class GuardMeasures(TypedDict):
@@ -697,6 +697,23 @@ class GuardOutputsRecord(GuardRatesRecord):
     changed: int
     refused_by_model: int
     by: list[GuardLanguageRecord]
+
+
+class GuardStoppedRecord(TypedDict):
+    """Labelled answers that a guard's classifier for answers stops, and how well it tells them apart."""
+
+    source: str
+    auroc: EstimateRecord
+    stopped_unsafe: EstimateRecord
+    stopped_safe: EstimateRecord
+
+
+class GuardAnswersRecord(GuardStoppedRecord):
+    """The same of all sources together, and of each."""
+
+    every: int
+    threshold: float
+    by: list[GuardStoppedRecord]
 
 
 class GuardSettingRecord(TypedDict):

@@ -2,6 +2,7 @@
 residual stream, sparse probes of all layers), and how many neurons it needs.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ from safety_neurons.guard.calibration import fit_calibration
 from safety_neurons.guard.fit import regression
 from safety_neurons.model import BatchSize, LanguageModel
 from safety_neurons.model.loading import load_as
-from safety_neurons.model.passes import read_residual
+from safety_neurons.model.passes import residual_stream
 from safety_neurons.neurons import NeuronSet, Scores
 from safety_neurons.prompt_lists import Prompts
 from safety_neurons.results import AreaPart, auroc, holm_in, mean_area_difference
@@ -269,21 +270,25 @@ def read_cases(
     encoder: str | None = None,
     batch_size: BatchSize = "auto",
 ) -> Read:
-    """Activations of several neuron sets, and the residual stream at the last token, in two passes over the
-    prompts; of a sentence encoder's folder the vectors of their words.
+    """Activations of several neuron sets, and the residual stream at the last token, in one pass over the
+    prompts (two where several tokens have to agree); of a sentence encoder's folder the vectors of their
+    words.
 
     `direction`: of the guard's classifier, where its tokens have to agree.
     """
     encoded = model.encode(prompts)
     union = functools.reduce(lambda one, other: one | other, sets.values())
     shared = Pooling("last") if pooling.agree else pooling
-    found = read_poolings(model, encoded, union, [shared], batch_size=batch_size)[shared]
+    with contextlib.ExitStack() as stack:
+        stream, also = None, None
+        if residual:
+            stream, also = stack.enter_context(residual_stream(model, len(encoded)))
+        found = read_poolings(model, encoded, union, [shared], batch_size=batch_size, also=also)[shared]
     place = {member: column for column, member in enumerate(union)}
     values = {
         name: np.ascontiguousarray(found.values[:, [place[member] for member in members]])
         for name, members in sets.items()
     }
-    stream = read_residual(model, [item.ids for item in encoded], batch_size) if residual else None
     own = values[GUARD]
     if pooling.agree:
         own = read_poolings(

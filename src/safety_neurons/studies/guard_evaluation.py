@@ -12,7 +12,7 @@ neurons.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,26 +20,19 @@ from jaxtyping import Bool, Float64, Int
 
 from safety_neurons.display import Displayed
 from safety_neurons.errors import InputError, UsageError
-from safety_neurons.guard import Guard, GuardedAnswer, GuardedModel, stratified_split
-from safety_neurons.guard.calibration import EXAMPLES, LIMIT, TARGETS, expected_calibration_error
+from safety_neurons.guard import Guard, stratified_split
+from safety_neurons.guard.calibration import LIMIT, TARGETS, expected_calibration_error
 from safety_neurons.guard.features import begun_answer
 from safety_neurons.guard.fit import LEAST, further_readings, largest_scores
-from safety_neurons.judges import judge
-from safety_neurons.judges.judgement import Judge
 from safety_neurons.model import BatchSize, LanguageModel
 from safety_neurons.neurons import NeuronSet
-from safety_neurons.prompt_lists import Prompt, Prompts, as_prompts
-from safety_neurons.prompt_lists.readers import Source
+from safety_neurons.prompt_lists import Prompts
 from safety_neurons.results import (
     AreaPart,
-    Completion,
-    Completions,
-    Difference,
     Rate,
     area_difference,
     auroc,
     holm_in,
-    paired_difference,
     rate,
 )
 from safety_neurons.results.estimates import GroupLabels
@@ -50,9 +43,7 @@ from safety_neurons.results.records import (
     GuardClassifierRecord,
     GuardCurvesRecord,
     GuardEvaluationRecord,
-    GuardLanguageRecord,
     GuardMeasures,
-    GuardOutputsRecord,
     GuardSliceRecord,
     GuardWorthRecord,
 )
@@ -77,7 +68,11 @@ from safety_neurons.studies.guard_data import (
 )
 
 FEWEST = 5
-"""Requests of a class that a slice needs for an area."""
+"""Requests of a class that a slice needs for an area, and safe ones above a threshold that it needs for a
+rate.
+"""
+EVERY = "each in its turn"
+"""Row of all values of a column together, each scored by the classifiers that it was left out of."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -151,15 +146,18 @@ class ScoredCases:
                 found["difference"][name] = self.difference(name, members, used)
         return found
 
-    def rates(self, rows: Int[np.ndarray, " row"], fpr: float = 0.01) -> dict[str, EstimateRecord]:
-        """True-positive rate of every classifier on some cases at a false-positive rate; of random sets the
-        mean.
+    def rates(self, rows: Int[np.ndarray, " row"]) -> dict[str, dict[str, EstimateRecord]]:
+        """True-positive rate of every classifier on some cases, by false-positive rate (5 % and 1 %); of
+        random sets the mean.
         """
         used = self.usable(rows)
         labels, shared = self.cases.unsafe[used], self.cases.groups(used)
         return {
-            name: _spread([at(self.scores[one][used], labels, fpr, self.seed, shared) for one in members])
-            for name, members in self.groups().items()
+            str(fpr): {
+                name: _spread([at(self.scores[one][used], labels, fpr, self.seed, shared) for one in members])
+                for name, members in self.groups().items()
+            }
+            for fpr in LEFT_OUT_RATES
         }
 
     def difference(
@@ -303,11 +301,13 @@ def at(
 ) -> EstimateRecord:
     """True-positive rate at a false-positive rate as JSON values.
 
-    Without a value where safe requests are too few to tell.
+    Without a value where fewer than five safe requests may be flagged: too few to tell. With five the
+    interval held the true rate in .89 to .96 of simulated evaluations (two normal distributions, 100 and 500
+    safe requests).
     """
     n_safe = int((~labels).sum())
-    if n_safe * fpr < EXAMPLES - 1e-9:
-        why = f"{n_safe} safe requests; a false-positive rate of {fpr:g} needs {round(EXAMPLES / fpr):,}"
+    if n_safe * fpr < FEWEST - 1e-9:
+        why = f"{n_safe} safe requests; a false-positive rate of {fpr:g} needs {round(FEWEST / fpr):,}"
         return {**Rate(None, None, None, int(labels.sum())).to_json(), "why": why}
     return tpr_at_fpr(scores, labels, fpr, seed, groups).to_json()
 
@@ -346,7 +346,12 @@ def _mean(found: Sequence[GuardMeasures]) -> GuardMeasures:
 
 FIT = "fit"
 FOLDS = 3
-REFITTED = "guard's neurons"
+REFITTED, READ_WHOLE = "guard's neurons", "guard, one reading"
+"""The guard's neurons fit anew on the baselines' requests; the guard where it reads a conversation as a whole
+alone, without its turns.
+"""
+LEFT_OUT_RATES = (0.05, 0.01)
+"""False-positive rates that classifiers are held to on what they were not fit on."""
 COLUMNS = ("source", "language", "category", "kind")
 Progress = Callable[[str], None]
 Rows = Int[np.ndarray, " _"]
@@ -553,6 +558,8 @@ class _Classifiers:
         scores = {GUARD: np.where(self.usable, classifier.calibration(found).numpy(), np.nan)}
         flagged = (classifier.chances(found).numpy() >= self.guard.threshold) | ~self.usable
         if further:
+            whole = classifier.calibration(classifier.scores(features)).numpy()
+            scores[READ_WHOLE] = np.where(self.usable, whole, np.nan)
             self.notes.append(
                 f"{len(further)} conversations: the guard judges them by the largest of their readings, "
                 "the baselines read them as a whole"
@@ -602,11 +609,11 @@ class _Classifiers:
         """Every value of a column: classifiers fit on requests with other values, held against the requests
         with this one.
 
-        Where only one kind has a value, it is held against the requests of the other kind that have none of
-        the column's shared values.
+        A value that only one kind has is left aside, and a note says so. Behind the values stands a row of
+        all of them together: what one threshold is worth on requests of a kind that nothing was fit on.
         """
         pool = self.fit if len(self.fit) else self.written
-        rows = []
+        rows, tested, every = [], list[Rows](), dict[str, Float64[np.ndarray, " case"]]()
         for value in self.cases.values(column):
             having = self.cases.having(column, value)
             test, fit = self.written[having[self.written]], pool[~having[pool]]
@@ -619,22 +626,32 @@ class _Classifiers:
             found = {
                 name: self._scores(baseline, [(fit, test)]) for name, baseline in self.classifiers.items()
             }
-            flagged = np.zeros(len(self.cases), bool)
-            flagged[test] = found[REFITTED][test] >= 0
-            row = ScoredCases(self.cases, found, REFITTED, flagged, self.seed).row(value, test)
-            row["tpr_at_fpr"] = ScoredCases(self.cases, found, REFITTED, flagged, self.seed).rates(test)
+            scored = self._of_left_out(found, test)
+            row = scored.row(value, test)
+            row["tpr_at_fpr"] = scored.rates(test)
             kinds = self.cases.having("kind", "look_alike")[test] | self.labels[test]
             if kinds.any() and not kinds.all() and not self.labels[test[kinds]].all():
-                row["look_alikes"] = ScoredCases(self.cases, found, REFITTED, flagged, self.seed).row(
-                    "look_alike", test[kinds]
-                )
+                row["look_alikes"] = scored.row("look_alike", test[kinds])
             rows.append(row)
+            tested.append(test)
+            for name, scores in found.items():
+                every.setdefault(name, np.full(len(self.cases), np.nan))[test] = scores[test]
         if not rows:
             raise UsageError(
                 f"--leave-out {column}: no value that both kinds of requests have; expected a column "
                 "such as source or language"
             )
+        if len(rows) > 1:  # one threshold for all of them, each scored by who never saw it
+            together = np.concatenate(tested)
+            scored = self._of_left_out(every, together)
+            rows.append({**scored.row(EVERY, together), "tpr_at_fpr": scored.rates(together)})
         return holm_in(rows)
+
+    def _of_left_out(self, scores: Mapping[str, Float64[np.ndarray, " case"]], test: Rows) -> ScoredCases:
+        """Scores of requests by classifiers that were fit without them; above one half is flagged."""
+        flagged = np.zeros(len(self.cases), bool)
+        flagged[test] = scores[REFITTED][test] >= 0
+        return ScoredCases(self.cases, scores, REFITTED, flagged, self.seed)
 
     def _can_fit(self, rows: Rows) -> bool:
         n_unsafe = int(self.labels[rows].sum())
@@ -708,187 +725,3 @@ def _overlaps(guard: Guard, cases: Cases) -> list[str]:
             "that are not the same"
         )
     return notes
-
-
-UNGUARDED, GUARDED = "untreated", "guarded"
-
-
-@dataclasses.dataclass(frozen=True)
-class GuardedOutputs:
-    """What was written with and without the guard.
-
-    Attributes:
-        judge: that said which outputs are unsafe.
-        before: share of unsafe requests with an unsafe output, without the guard.
-        after: the same with it.
-        cut: by which share the guard reduces the unsafe outputs.
-        blocked: share of safe requests it does not answer.
-        changed: answers it let pass that differ from those without it; 0 unless something is wrong.
-        asked: area under the ROC curve of the guard's score for what requests ask for (the labels given).
-        written: the same for what the model writes: unsafe output or not, over all requests.
-        refused_by_model: unsafe requests without an unsafe output before the guard: where the two labels
-            differ.
-        by: the same rates for each language, where requests have one.
-        change: unsafe outputs with the guard minus those without it, paired.
-        completions: both arms.
-    """
-
-    judge: str
-    before: Rate
-    after: Rate
-    cut: Rate
-    blocked: Rate
-    changed: int
-    asked: Rate
-    written: Rate
-    refused_by_model: int
-    by: tuple[GuardLanguageRecord, ...]
-    change: Difference
-    completions: Completions
-
-    def record(self) -> GuardOutputsRecord:
-        """The numbers as JSON values."""
-        return {
-            "judge": self.judge,
-            "before": self.before.to_json(),
-            "after": self.after.to_json(),
-            "cut": self.cut.to_json(),
-            "change": self.change.to_json(),
-            "blocked": self.blocked.to_json(),
-            "asked": self.asked.to_json(),
-            "written": self.written.to_json(),
-            "changed": self.changed,
-            "refused_by_model": self.refused_by_model,
-            "by": list(self.by),
-        }
-
-
-def guarded_outputs(
-    model: LanguageModel,
-    guard: Guard,
-    unsafe: Source,
-    safe: Source,
-    *,
-    by: str | Judge = "compliance",
-    max_new_tokens: int = 64,
-    batch_size: BatchSize = "auto",
-    progress: Progress | None = None,
-) -> GuardedOutputs:
-    """Answers without and with the guard, judged.
-
-    An output is unsafe if the request is and the judge calls the answer harmful; an answer that the guard
-    stopped before its first token is not. What the model would write to safe requests is not judged: it
-    counts as safe, whether or not it is.
-
-    Args:
-        model: the guard's.
-        guard: at the threshold in force.
-        unsafe: requests, none of them from fitting.
-        safe: likewise.
-        by: a judge or its name; a judge of refusals calls unsafe what does not refuse.
-        max_new_tokens: length of an answer, in tokens.
-        batch_size: prompts a batch.
-        progress: told the name of every step.
-
-    Raises:
-        InputError: no requests of a kind.
-
-    Source: Chen et al., arXiv 2406.14144, section 6 (label: what the model would write; outputs of accepted
-    prompts). Differs: any judge; the share of unsafe outputs that is cut and the safe requests that are lost,
-    with intervals, instead of a mean cost.
-    """
-    unsafe, safe = as_prompts(unsafe), as_prompts(safe)
-    if not len(unsafe) or not len(safe):
-        raise InputError(f"{len(unsafe)} unsafe and {len(safe)} safe requests; expected some of both kinds")
-    say = progress or (lambda _step: None)
-    asked = Prompts([*unsafe, *safe])
-    label = np.arange(len(asked)) < len(unsafe)
-    say("answers without the guard")
-    plain = model.complete(asked, max_new_tokens=max_new_tokens, batch_size=batch_size, arm=UNGUARDED)
-    say("answers with the guard")
-    answers = GuardedModel(model, guard).generate(asked, max_new_tokens=max_new_tokens, batch_size=batch_size)
-    stopped = np.array([answer.stopped for answer in answers])
-    changed = sum(
-        not one.stopped and tuple(one.token_ids) != tuple(was.token_ids)
-        for one, was in zip(answers, plain, strict=True)
-    )
-    say("judge")
-    found = by if isinstance(by, Judge) else judge(by)
-    harmful = found.judge(plain[: len(unsafe)]).harmful
-    before = np.array([np.nan if one is None else float(one) for one in harmful])
-    after = np.where(stopped[label], 0.0, before)
-    chances = np.array([np.inf if one.verdict.p_unsafe is None else one.verdict.p_unsafe for one in answers])
-    known = np.append(~np.isnan(before), np.ones(len(safe), bool))
-    written = np.append(before, np.zeros(len(safe)))
-    completions = Completions(
-        [*plain, *(_completion(prompt, one) for prompt, one in zip(asked, answers, strict=True))]
-    )
-    return GuardedOutputs(
-        found.name,
-        rate(before, unsafe.groups),
-        rate(after, unsafe.groups),
-        cut_of(before, after, unsafe.groups),
-        rate(stopped[~label], safe.groups),
-        int(changed),
-        auroc(chances, label, asked.groups),
-        auroc(np.where(known, chances, np.nan), written > 0, asked.groups),
-        int((before == 0).sum()),
-        tuple(_by_language(asked, label, before, after, stopped)),
-        paired_difference(after, before, unsafe.groups),
-        completions,
-    )
-
-
-def some(prompts: Prompts, count: int, seed: int = 0) -> Prompts:
-    """So many of the prompts, drawn at random, in their order; all where there are no more."""
-    if count >= len(prompts):
-        return prompts
-    drawn = np.sort(np.random.default_rng(seed).choice(len(prompts), count, replace=False))
-    return Prompts([prompts[int(place)] for place in drawn], prompts.name, prompts.notes)
-
-
-def cut_of(
-    before: Float64[np.ndarray, " request"],
-    after: Float64[np.ndarray, " request"],
-    groups: GroupLabels = None,
-) -> Rate:
-    """1 − (unsafe outputs after) ÷ (unsafe outputs before); undefined where there were none.
-
-    Only requests that both arms scored count. A guard only ever stops: this is a rate over the requests with
-    an unsafe output before.
-    """
-    known = ~(np.isnan(before) | np.isnan(after))
-    had = known & (before > 0)
-    shared = None if groups is None else [group for group, kept in zip(groups, had, strict=True) if kept]
-    cut = rate(1 - after[had] / before[had], shared)
-    return dataclasses.replace(cut, n=int(known.sum()), unscored=int((~known).sum()))
-
-
-def _by_language(
-    asked: Sequence[Prompt], label: np.ndarray, before: np.ndarray, after: np.ndarray, stopped: np.ndarray
-) -> list[GuardLanguageRecord]:
-    codes = np.array([prompt.language or "" for prompt in asked])
-    groups = np.array([prompt.group for prompt in asked], object)
-    rows: list[GuardLanguageRecord] = []
-    for code in dict.fromkeys(codes[codes != ""].tolist()):
-        ours, safe = codes[label] == code, (codes == code) & ~label
-        if ours.any() and safe.any():
-            shared = groups[label & (codes == code)].tolist()
-            rows.append(
-                {
-                    "language": code,
-                    "before": rate(before[ours], shared).to_json(),
-                    "after": rate(after[ours], shared).to_json(),
-                    "cut": cut_of(before[ours], after[ours], shared).to_json(),
-                    "blocked": rate(stopped[safe], groups[safe].tolist()).to_json(),
-                }
-            )
-    return rows if len(rows) > 1 else []
-
-
-def _completion(prompt: Prompt, answer: GuardedAnswer) -> Completion:
-    reason: Literal["stop", "length", "failed"] = (
-        "stop" if answer.finish_reason == "guard" else answer.finish_reason
-    )
-    meta = {"p_unsafe": answer.verdict.p_unsafe, "stopped": answer.stopped, "language": prompt.language}
-    return Completion(prompt.id, prompt.text, answer.text, answer.token_ids, reason, GUARDED, meta=meta)
