@@ -47,7 +47,6 @@ class Layout(StrEnum):
 
 
 QKV_LAYOUTS = (Layout.CONTIGUOUS, Layout.GROUPED)
-
 GATE_UP_LAYOUTS = (Layout.CONTIGUOUS, Layout.UP_FIRST, Layout.ALTERNATING)
 
 
