@@ -83,6 +83,7 @@ _HOME = {
     "scaled": "interventions",
     "suite": "suites",
     "tune": "studies",
+    "verify_both": "studies",
     "verify_deactivate": "studies",
     "verify_patch": "studies",
     "verify_scale": "studies",

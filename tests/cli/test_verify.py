@@ -101,6 +101,37 @@ def test_a_sweep_has_one_point_a_size(kind, found, tiny_pair, tmp_path):
     assert any("share members" in note for note in result["notes"])
 
 
+def test_both_sides_are_those_of_the_two_verbs_in_one_table(found, tiny_pair, tmp_path):
+    words = [
+        *tiny_pair.measured_on,
+        "--text",
+        tiny_pair.text,
+        *SHORT,
+        "--scores",
+        found,
+        "--sizes",
+        "0.05,0.25",
+    ]
+    words += ["--limit", "3", "--random", "1"]
+    both = done("verify", "both", *tiny_pair.models, *words, "--out", tmp_path / "both")
+    apart = {
+        "patch": done("verify", "patch", *tiny_pair.models, *words, "--out", tmp_path / "patch"),
+        "deactivate": done(
+            "verify", "deactivate", "--model", tiny_pair.aligned, *words, "--out", tmp_path / "deactivate"
+        ),
+    }
+    for side, result in apart.items():
+        assert both[side] == {
+            key: value for key, value in result.items() if key not in ("completions", "run")
+        }
+    assert (tmp_path / "both" / "deactivated-completions.jsonl").read_bytes() == (
+        tmp_path / "deactivate" / "completions.jsonl"
+    ).read_bytes()
+    shown = command("verify", "both", *tiny_pair.models, *words, "--out", tmp_path / "shown")
+    assert re.search(r"neurons +restored +of random sets", shown.out)
+    assert re.search(r"^24 \(25 %\) ", shown.out, re.MULTILINE)
+
+
 def test_a_repeated_verification_gives_the_same_numbers(found, tiny_pair, tmp_path):
     first = done(
         *patch(tiny_pair, "--neurons", found, "--random", "1", "--limit", "3", "--out", tmp_path / "first")

@@ -30,7 +30,7 @@ def test_the_guard_stands_beside_every_baseline_with_its_numbers(runs, seen):
         assert f"{entry['name']} {shown}" in seen.text.replace("\u00a0", " ")
         assert f"{difference['value']:+.3f}".replace("-", "\u2212") in seen.text
     assert "Can a guard tell in advance?" in seen.text
-    assert "too few safe requests for a rate of 5 %, 1 %, 0.1 %" in seen.text
+    assert "too few safe requests for a rate of 1 %, 0.1 %" in seen.text.replace("\u00a0", " ")
 
 
 def test_what_is_left_of_unsafe_outputs_and_how_many_neurons_it_takes_are_told(seen):

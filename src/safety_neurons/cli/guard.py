@@ -556,7 +556,8 @@ def evaluate(
             answered = answers_of(session, outputs, model, guard, read, progress) if outputs.outputs else None
             stopped = None
             if labelled.answers_harmful is not None:
-                progress("labelled answers")
+                if progress is not None:
+                    progress("labelled answers")
                 stopped = stopped_answers(guard, *labelled.read(session, model, some.limit))
         curves = session.folder.path(CURVES)
         write_json(curves, evaluation.curves)

@@ -108,6 +108,21 @@ def patch(session: Session, models: TwoModels, verified: Verified, beside: Verif
     return session.run(work)
 
 
+@verb("verify both")
+def both(session: Session, models: TwoModels, verified: Verified, beside: VerifiedOn) -> dict[str, Any]:
+    """Sufficiency and necessity of the same neurons, size by size, in one table."""
+
+    def work() -> dict[str, Any]:
+        from safety_neurons.studies import verify_both
+
+        pair = session.pair(models.base, models.aligned)
+        session.folder.path("deactivated-completions.jsonl")
+        study = functools.partial(verify_both, pair.base, pair.aligned)
+        return measured(session, verified, beside, pair.base, study)
+
+    return session.run(work)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScaledSet(Declaration):
     """The set, and what its activations are multiplied by."""

@@ -66,6 +66,13 @@ DISPLAYS: Mapping[str, Display] = {
         verified.deactivate_tile,
         "deactivated, chosen by {}",
     ),
+    "verify-both": Display(
+        "sufficient",
+        verified.both_part,
+        verified.both_findings,
+        verified.both_tile,
+        "patched, ranked by {}",
+    ),
     "verify-scale": Display("dosed", doses.scale_part, doses.scale_findings, doses.scale_tile, "scaled"),
     "compare": Display(
         "methods", compared.compare_part, compared.compare_findings, compared.compare_tile, "methods compared"

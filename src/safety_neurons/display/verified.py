@@ -283,6 +283,75 @@ def _refusals(result: Mapping[str, Any], what: str, title: str, caption: str) ->
     )
 
 
+def one_side(run: ReportedRun, side: str) -> ReportedRun:
+    """The half of a two-sided run: `patch` or `deactivate`."""
+    record = {**run.record, "verb": f"verify-{side}", "result": run.result[side]}
+    return dataclasses.replace(run, record=record)
+
+
+def both_part(run: ReportedRun) -> DisplayPart:
+    """Of every size what it restores and what is lost without it, with the price of both; figures and arms of
+    each side.
+    """
+    halves = [patch_part(one_side(run, "patch")), deactivate_part(one_side(run, "deactivate"))]
+    tables = [_sides_table(run.result), *(table for half in halves for table in half.tables)]
+    return DisplayPart(
+        titled("Sufficient and necessary", run),
+        halves[1].lead,
+        [figure for half in halves for figure in half.figures],
+        tables[:1],
+        tables[1:],
+    )
+
+
+def _sides_table(result: Mapping[str, Any]) -> Table:
+    """A row for every size: patched into the base model, and off in the aligned one."""
+    columns = ["neurons", "restored", "of random sets", "over-refusal", "perplexity"]
+    columns += ["refused when off", "of random sets", "harm when off", "over-refusal", "perplexity"]
+    rows = []
+    for carried, missed in zip(result["patch"]["sizes"], result["deactivate"]["sizes"], strict=True):
+        on, off = carried["treated"], missed["treated"]
+        rows.append(
+            [
+                f"{count(carried['n_neurons'])} ({share(carried['size'])})",
+                interval(carried["causal_effect"]),
+                spread(random_values(carried)),
+                interval(on["harmless_refused"]),
+                number(on["perplexity"]),
+                interval(off["harmful_refused"]),
+                spread(
+                    [
+                        value
+                        for arm in missed["random"]
+                        if (value := _value(arm["harmful_refused"])) is not None
+                    ]
+                ),
+                interval(off.get("harmful_complied")),
+                interval(off["harmless_refused"]),
+                number(off["perplexity"]),
+            ]
+        )
+    caption = (
+        "The same neurons patched into the base model (share of the difference in refusals that is "
+        "restored), and off in the aligned one (harmful requests refused); 95\u00a0% intervals"
+    )
+    return Table(caption, columns, rows)
+
+
+def both_findings(run: ReportedRun) -> list[Finding]:
+    """Those of each side; cautions that both share once."""
+    sides = (patch_findings(one_side(run, "patch")), deactivate_findings(one_side(run, "deactivate")))
+    told: dict[Markup, Finding] = {}
+    for finding in (one for side in sides for one in side):
+        told.setdefault(finding.text, finding)
+    return list(told.values())
+
+
+def both_tile(run: ReportedRun) -> Tile:
+    """That of sufficiency."""
+    return patch_tile(one_side(run, "patch"))
+
+
 def patch_findings(run: ReportedRun) -> list[Finding]:
     """Whether patching the set is enough, its price, and what weakens the run."""
     result, method = run.result, by_method(run, "ranked")

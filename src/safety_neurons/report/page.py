@@ -278,6 +278,7 @@ HEADINGS = (
 """Anchor, heading and introduction of every section."""
 _FIRST = (
     "tune",
+    "verify-both",
     "verify-patch",
     "verify-deactivate",
     "verify-scale",
@@ -294,6 +295,7 @@ _FIRST = (
 
 _TILES = (
     "tune",
+    "verify-both",
     "verify-patch",
     "verify-deactivate",
     "verify-scale",
@@ -382,9 +384,9 @@ def asked(runs: Sequence[ReportedRun]) -> list[Markup]:
         questions.append(say("Which neurons make {}?", Markup(", and ").join(parts)))
     elif single and any(kind.startswith(("find", "verify", "tune", "compare", "study")) for kind in kinds):
         questions.append(say("Which neurons make {} refuse harmful requests?", name(single[0][0])))
-    if "verify-patch" in kinds:
+    if kinds & {"verify-patch", "verify-both"}:
         questions.append(Markup("Are they sufficient: does patching them alone carry the refusals over?"))
-    if "verify-deactivate" in kinds:
+    if kinds & {"verify-deactivate", "verify-both"}:
         questions.append(Markup("Are they necessary: what is lost without them?"))
     if "compare" in kinds:
         questions.append(Markup("Which method finds them at equal budget?"))

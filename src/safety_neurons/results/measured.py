@@ -104,6 +104,17 @@ class VerificationRecord(TypedDict):
     ceiling_by_parameters_effect: NotRequired[EffectRecord]
 
 
+class TwoSidedRecord(TypedDict):
+    """verify both."""
+
+    patch: VerificationRecord
+    deactivate: VerificationRecord
+    n_neurons: int
+    max_new_tokens: int
+    overlap_with_find_prompts: dict[str, int]
+    notes: list[str]
+
+
 class DoseRecord(TypedDict):
     """One factor of a dose curve."""
 

@@ -21,8 +21,10 @@ from safety_neurons.studies.tuning import Checking, Tuning, tune
 from safety_neurons.studies.verification import (
     Progressive,
     SizePoint,
+    TwoSided,
     Verification,
     progressive,
+    verify_both,
     verify_deactivate,
     verify_patch,
 )
@@ -57,6 +59,7 @@ __all__ = [
     "Trainings",
     "Transfer",
     "Tuning",
+    "TwoSided",
     "Verification",
     "Writing",
     "compare",
@@ -77,6 +80,7 @@ __all__ = [
     "strongest",
     "transfer",
     "tune",
+    "verify_both",
     "verify_deactivate",
     "verify_patch",
     "verify_scale",

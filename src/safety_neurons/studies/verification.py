@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Unpack
 
 import numpy as np
@@ -35,6 +36,7 @@ from safety_neurons.results.measured import (
     ProgressiveRecord,
     SizeRecord,
     StepRecord,
+    TwoSidedRecord,
     VerificationRecord,
 )
 from safety_neurons.results.records import Recorded, called
@@ -267,6 +269,74 @@ def verify_patch(
         "patch", bench, base, lambda members: functools.partial(patched, base, aligned, members), aligned
     )
     return _verify(subject, _sets(neurons, sizes, base))
+
+
+@dataclasses.dataclass(frozen=True)
+class TwoSided(Recorded[TwoSidedRecord], Displayed):
+    """Sufficiency and necessity of the same sets."""
+
+    verb = "verify-both"
+
+    patch: Verification
+    """The aligned model's activations in the base model."""
+    deactivate: Verification
+    """The same neurons off in the aligned model."""
+
+    ALSO = ("n_neurons", "max_new_tokens", "overlap_with_find_prompts", "notes")
+
+    @property
+    def n_neurons(self) -> int:
+        """Of the (largest) set."""
+        return self.patch.n_neurons
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Longest answer, in tokens."""
+        return self.patch.max_new_tokens
+
+    @property
+    def overlap(self) -> Mapping[str, int]:
+        """How many of the harmful and harmless prompts the set was found on."""
+        return self.patch.overlap
+
+    overlap_with_find_prompts = overlap
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Of both, each once."""
+        return tuple(dict.fromkeys((*self.patch.notes, *self.deactivate.notes)))
+
+    @property
+    def bench(self) -> Bench | None:
+        """Where the answers of the patched models are; those of the other side stand beside them."""
+        return self.patch.bench
+
+
+def verify_both(
+    base: LanguageModel,
+    aligned: LanguageModel,
+    neurons: NeuronSet | Scores,
+    harmful: Source,
+    harmless: Source,
+    *,
+    text: Source | None = None,
+    sizes: Sequence[float] = (),
+    **how: Unpack[How],
+) -> TwoSided:
+    """Sufficiency and necessity of the same sets, size by size: what they carry from the aligned model into
+    the base model, and what the aligned model loses without them.
+
+    Args as for `verify_patch`. Answers of the second side go to a file beside `completions_file`, called
+    `deactivated-…`.
+
+    Source: Chen et al., NeurIPS 2025, section 3.2, and Zhao et al., ICLR 2025, section 3. Differs: both of
+    the same sets; a set can restore refusals without which the model still has them, and the other way round.
+    """
+    given = (neurons, harmful, harmless)
+    patch = verify_patch(base, aligned, *given, text=text, sizes=sizes, **how)
+    if (file := how.get("completions_file")) is not None:
+        how["completions_file"] = Path(file).with_name(f"deactivated-{Path(file).name}")
+    return TwoSided(patch, verify_deactivate(aligned, *given, text=text, sizes=sizes, **how))
 
 
 def _sets(
