@@ -5,9 +5,10 @@ loop and the same check, and ask the kept states the same held-out requests.
 
 FOLDER of `--data` holds `advbench/harmful_behaviors.csv`, `harmbench/harmbench_behaviors_text_val.csv`,
 `xstest/xstest_prompts.csv`, `llama_factory/alpaca_en_demo.json` and `wikitext2/valid.txt` in their public
-shapes; none of them is learnt or looked at while training. Every arm's row is written when it is there; the
-same call goes on after a kill. Rates of LoRA and of all weights begin where they are usually set (2e-4, 1e-5)
-and are adapted by the same trust region.
+shapes; none of them is learnt or looked at while training. Without it the model is asked its own built-in lists
+alone (organisms). Every arm's row is written when it is there; the same call goes on after a kill. Rates of LoRA
+and of all weights begin where they are usually set (2e-4, 1e-5), or as given, and are adapted by the same trust
+region.
 """
 
 import argparse
@@ -88,7 +89,7 @@ class Switched:
 
 @contextlib.contextmanager
 def trained(
-    arm: str, model: LanguageModel, neurons: NeuronSet, seed: int
+    arm: str, model: LanguageModel, neurons: NeuronSet, seed: int, rate: float
 ) -> Iterator[tuple[Any, dict[str, float]]]:
     """Attach what an arm trains, with the learning rate of every part."""
     if arm in ("neurons", "random"):
@@ -109,51 +110,62 @@ def trained(
         value.requires_grad_(False)
     for value in named.values():
         value.requires_grad_(True)
-    yield Switched(model, named), dict.fromkeys(named, 2e-4 if arm == "lora" else 1e-5)
+    yield Switched(model, named), dict.fromkeys(named, rate)
 
 
-def asked(folder: pathlib.Path, limit: int) -> dict[str, list[str]]:
+def asked(model: LanguageModel, folder: pathlib.Path | None, limit: int) -> dict[str, list[str]]:
     """Held-out requests by source; the order is random but fixed."""
+    lists = {
+        "builtin": model.prompts("builtin:harmful-test").texts,
+        "look-alikes": model.prompts("builtin:harmless-test").texts,
+    }
+    if folder is not None:
+        lists |= _public(folder)
+    generator = np.random.default_rng(0)
+    order = ("builtin", "advbench", "harmbench", "alpaca", "xstest-safe", "look-alikes")
+    return {
+        name: [lists[name][index] for index in generator.permutation(len(lists[name]))[:limit]]
+        for name in order
+        if name in lists
+    }
+
+
+def _public(folder: pathlib.Path) -> dict[str, list[str]]:
 
     def column(name: str, wanted: str, keep: Any = lambda _row: True) -> list[str]:
         with (folder / name).open(encoding="utf-8", newline="") as file:
             return [row[wanted] for row in csv.DictReader(file) if keep(row)]
 
     alpaca = json.loads((folder / "llama_factory/alpaca_en_demo.json").read_text(encoding="utf-8"))
-    lists = {
-        "builtin": Prompts.from_list(list(_builtin("harmful-test"))).texts,
+    return {
         "advbench": column("advbench/harmful_behaviors.csv", "goal"),
         "harmbench": column(
             "harmbench/harmbench_behaviors_text_val.csv", "Behavior", lambda row: not row.get("ContextString")
         ),
         "alpaca": [f"{row['instruction']}\n{row.get('input') or ''}".strip() for row in alpaca],
         "xstest-safe": column("xstest/xstest_prompts.csv", "prompt", lambda row: row["label"] == "safe"),
-        "look-alikes": list(_builtin("harmless-test")),
-    }
-    generator = np.random.default_rng(0)
-    return {
-        name: [texts[index] for index in generator.permutation(len(texts))[:limit]]
-        for name, texts in lists.items()
     }
 
 
-def _builtin(name: str) -> Sequence[str]:
-    from safety_neurons import prompts
-
-    return prompts(f"builtin:{name}").texts
-
-
-def measured(model: LanguageModel, lists: Mapping[str, list[str]], words: str, tokens: int) -> dict[str, Any]:
-    """Refusals of every list, and perplexity of running text cut into pieces of 256 words."""
+def measured(
+    model: LanguageModel, lists: Mapping[str, list[str]], text: Prompts, tokens: int
+) -> dict[str, Any]:
+    """Refusals of every list, and perplexity of text."""
     found: dict[str, Any] = {}
     for name, texts in lists.items():
         completions = model.complete(Prompts.from_list(texts), max_new_tokens=tokens, batch_size=16)
         refused = judge_refusal(completions).refused
         found[name] = {"refused": list(refused), "rate": rate(refused).to_json()}
-    split = words.split()
-    pieces = [" ".join(split[at : at + 256]) for at in range(0, 32 * 256, 256)]
-    found["wikitext"] = perplexity(model, Prompts.from_list(pieces), batch_size=4)
+    found["perplexity"] = perplexity(model, text, batch_size=4)
     return found
+
+
+def running_text(model: LanguageModel, folder: pathlib.Path | None) -> Prompts:
+    """Wikitext in pieces of 256 words, or the model's own general text."""
+    if folder is None:
+        return model.prompts("builtin:general-test")
+    split = (folder / "wikitext2/valid.txt").read_text(encoding="utf-8").split()
+    return Prompts.from_list([" ".join(split[at : at + 256]) for at in range(0, 32 * 256, 256)])
 
 
 def divergence(model: LanguageModel, deltas: Any, texts: Sequence[str], tokens: int) -> float:
@@ -176,8 +188,7 @@ def row(arm: str, seed: int, given: argparse.Namespace) -> dict[str, Any]:
     model = load(given.model, dtype="float32")
     settings = TuningSettings(seed=seed, max_steps=given.steps, anchor=given.anchor)
     notes: list[str] = []
-    lists = asked(given.data, given.limit)
-    words = (given.data / "wikitext2/valid.txt").read_text(encoding="utf-8")
+    lists, text = asked(model, given.data, given.limit), running_text(model, given.data)
     neurons = NeuronSet.load(given.neurons).on(model.table, [model.name])
     data = tuple(model.prompts(f"builtin:{name}") for name in ("refusals-wide", "harmless-wide", "general"))
     learnt, others, texts, watch = hold_out(model, data, Checking(every=given.every), settings, notes)
@@ -185,17 +196,18 @@ def row(arm: str, seed: int, given: argparse.Namespace) -> dict[str, Any]:
     others = with_usable_answers(model, others, len(learnt), settings, given.out, notes)
     before_file = given.out / "before.json"
     if not before_file.is_file():
-        before_file.write_text(json.dumps(measured(model, lists, words, given.tokens)))
+        before_file.write_text(json.dumps(measured(model, lists, text, given.tokens)))
     before = json.loads(before_file.read_text())
-    with trained(arm, model, neurons, seed) as (deltas, rates):
+    rate = given.lora_rate if arm == "lora" else given.full_rate
+    with trained(arm, model, neurons, seed, rate) as (deltas, rates):
         checkpoint = Checkpoint(given.out / f"{arm}-{seed}.safetensors")
         loop = Loop(deltas, rates, settings, watch, checkpoint, {"arm": arm, "seed": seed}, notes)
         if not loop.resume():
             loop.examples = prepared_examples(model, learnt, others, texts, settings, notes)
         stopped = loop.run()
         deltas.load_tensors(loop.kept)
-        after = measured(model, lists, words, given.tokens)
-        drift = divergence(model, deltas, lists["alpaca"], given.tokens)
+        after = measured(model, lists, text, given.tokens)
+        drift = divergence(model, deltas, lists.get("alpaca", lists["look-alikes"]), given.tokens)
     count = sum(value.numel() for value in deltas.named_parameters().values())
     changes = {
         name: paired_difference(after[name]["refused"], before[name]["refused"]).to_json() for name in lists
@@ -211,7 +223,7 @@ def row(arm: str, seed: int, given: argparse.Namespace) -> dict[str, Any]:
         "sound": loop.sound,
         "refused": {name: after[name]["rate"] for name in lists},
         "change": changes,
-        "perplexity": after["wikitext"] / before["wikitext"],
+        "perplexity": after["perplexity"] / before["perplexity"],
         "divergence": drift,
         "checks": [check.record() for check in loop.judge.seen] if loop.judge else [],
         "seconds": time.monotonic() - started,
@@ -225,13 +237,15 @@ def main() -> None:
     )
     parser.add_argument("--model", required=True)
     parser.add_argument("--neurons", required=True, type=pathlib.Path)
-    parser.add_argument("--data", required=True, type=pathlib.Path)
+    parser.add_argument("--data", type=pathlib.Path, default=None)
     parser.add_argument("--out", required=True, type=pathlib.Path)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, default=None)
     parser.add_argument("--every", type=int, default=None)
     parser.add_argument("--anchor", type=float, default=TuningSettings().anchor)
+    parser.add_argument("--lora-rate", type=float, default=2e-4, help="that LoRA begins with")
+    parser.add_argument("--full-rate", type=float, default=1e-5, help="that all weights begin with")
     parser.add_argument("--limit", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=32)
     given = parser.parse_args()
