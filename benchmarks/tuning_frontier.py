@@ -5,10 +5,10 @@ loop and the same check, and ask the kept states the same held-out requests.
 
 FOLDER of `--data` holds `advbench/harmful_behaviors.csv`, `harmbench/harmbench_behaviors_text_val.csv`,
 `xstest/xstest_prompts.csv`, `llama_factory/alpaca_en_demo.json` and `wikitext2/valid.txt` in their public
-shapes; none of them is learnt or looked at while training. Without it the model is asked its own built-in lists
-alone (organisms). Every arm's row is written when it is there; the same call goes on after a kill. Rates of LoRA
-and of all weights begin where they are usually set (2e-4, 1e-5), or as given, and are adapted by the same trust
-region.
+shapes; none of them is learnt or looked at while training. Without it the model is asked its own built-in
+lists alone (organisms). Every arm's row is written when it is there; the same call goes on after a kill.
+Rates of LoRA and of all weights begin where they are usually set (2e-4, 1e-5), or as given, and are
+adapted by the same trust region.
 """
 
 import argparse
