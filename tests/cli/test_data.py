@@ -69,9 +69,8 @@ def test_import_attacks_writes_one_form_and_counts_by_label(tmp_path):
 def test_packaged_models_are_listed_and_a_wrong_name_says_the_right_ones(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     entries = done("data", "models")["models"]
-    assert {"smollm2-135m-instruct", "gemma-3-270m", "qwen2.5-coder-0.5b-instruct"} == {
-        entry["name"] for entry in entries
-    }
+    names = {"smollm2-135m-instruct", "gemma-3-270m", "qwen2.5-coder-0.5b-instruct", "all-minilm-l6-v2"}
+    assert names == {entry["name"] for entry in entries}
     assert all(len(entry["sha256"]) == 64 and entry["folder"] is None for entry in entries)
     assert "expected one of smollm2-135m-instruct" in refused("data", "models", "smollm")
     assert "--offline" in refused("data", "models", "gemma-3-270m", "--offline")

