@@ -7,11 +7,8 @@ import pytest
 from running import command
 
 from safety_neurons import load
-from safety_neurons.cli import runs, verb
 from safety_neurons.neurons import NeuronSet
 from tiny_pair import HARMFUL, HARMLESS
-
-RECIPES = sorted((pathlib.Path(__file__).resolve().parents[2] / "recipes").glob("*.json"))
 
 
 @pytest.fixture(scope="module")
@@ -284,26 +281,3 @@ def test_steps_that_are_none_are_refused(steps, tmp_path):
     done = command("run", tmp_path / "recipe.json", "--out", tmp_path / "run")
     assert done.code == 1
     assert "is not a recipe" in done.err
-
-
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_that_ships_uses_verbs_and_options_that_exist(path):
-    record = runs.parsed(path)
-    steps = runs.steps_of(record, path)
-    assert [name for name, _, _ in steps] == ["foundation", "safety", "robust", "sn-tune", "rsn-tune"]
-    for _, words, arguments in steps:
-        page = verb.build()
-        for word in words:
-            page = page.commands[word]
-        known = {parameter.name for parameter in page.params}
-        assert set(arguments) <= known, set(arguments) - known
-        template = arguments.get("template", "auto").replace("{recipe}", str(path.parent))
-        assert template == "auto" or pathlib.Path(template).is_file()
-
-
-def test_there_is_a_recipe_for_every_model_of_the_paper():
-    assert [path.stem for path in RECIPES] == [
-        "llama-3-8b-instruct",
-        "mistral-7b-instruct-v0.2",
-        "vicuna-13b-v1.5",
-    ]

@@ -90,10 +90,10 @@ VERBS = {
     ),
     "report": ("runs", "One self-contained HTML page from finished runs; --out names the file."),
     "run": (
-        "runs",
+        "recipes",
         (
-            "Repeat a run: the same verb with the same arguments into another --out; common options given "
-            "here take the place of its own."
+            "Repeat a run with the same arguments into another --out, or follow a recipe and show published "
+            "numbers beside the measured ones."
         ),
     ),
     "find": ("find", "Score neurons by one method and keep the ones a selection takes."),

@@ -438,7 +438,9 @@ class Questions(Declaration):
     over_refusal: Annotated[str, Reads("suites")] = "builtin:harmless-test"
     """Harmless requests, asked where no suite has any; none leaves them out."""
     attack: str = "direct"
-    """Comma-separated attacks put around harmful requests; direct is none."""
+    """Comma-separated attacks put around harmful requests; direct is none, gcg:500x512 names steps and
+    candidates.
+    """
     judge: Annotated[str | None, Reads("judges")] = None
     """Comma-separated judges. [default: refusal,strings:advbench,goes-along]"""
     capability: Annotated[str | None, Reads("files")] = None

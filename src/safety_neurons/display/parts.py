@@ -24,9 +24,9 @@ from safety_neurons.results import Completions, is_clear
 RECORD = "run.json"
 T = TypeVar("T")
 _FLAGS = frozenset(
-    {"merge_adapters", "trust_remote_code", "as_published", "merge", "no_check", "no_fill", "vllm"}
+    {"merge_adapters", "trust_remote_code", "as_published", "merge", "no_check", "no_fill", "trial", "vllm"}
 )
-_ARGUMENTS = frozenset({"sets", "organisms"})
+_ARGUMENTS = frozenset({"sets", "organisms", "recipe"})
 _TWO_WORDS = ("find", "verify", "guard", "analyze", "study", "organism", "data")
 
 YES, PARTLY, NO, OPEN, FACT = "shown", "in part", "not shown", "undefined", "measured"
@@ -113,12 +113,10 @@ class ReportedRun:
             if value is None or value is False:
                 continue
             dashed = "--" + option.replace("_", "-")
-            if isinstance(value, list):
-                words += (
-                    [str(each) for each in value]
-                    if option in _ARGUMENTS
-                    else [word for each in value for word in (dashed, str(each))]
-                )
+            if option in _ARGUMENTS:
+                words += [str(each) for each in (value if isinstance(value, list) else [value])]
+            elif isinstance(value, list):
+                words += [word for each in value for word in (dashed, str(each))]
             else:
                 words += [dashed] if option in _FLAGS and value is True else [dashed, str(value)]
         return "safety-neurons " + shlex.join(words)

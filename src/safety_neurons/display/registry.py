@@ -9,7 +9,17 @@ from typing import Any
 
 from markupsafe import Markup
 
-from safety_neurons.display import analyses, compared, defended, doses, evaluated, found, guards, verified
+from safety_neurons.display import (
+    analyses,
+    compared,
+    defended,
+    doses,
+    evaluated,
+    found,
+    guards,
+    replicated,
+    verified,
+)
 from safety_neurons.display.parts import (
     DisplayPart,
     Figure,
@@ -49,6 +59,7 @@ def _as_recorded(run: ReportedRun) -> DisplayPart:
 
 _GUARD_FIT = Display("guarded", guards.fit_part, guards.fit_findings)
 DISPLAYS: Mapping[str, Display] = {
+    "run": Display("replicated", replicated.recipe_part, replicated.recipe_findings),
     "find": Display("where", found.find_part, found.find_findings),
     "import-neurons": Display("where", found.foreign_part),
     "export-neurons": Display("others", found.named_part),

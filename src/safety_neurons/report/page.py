@@ -250,6 +250,11 @@ HEAD = 4
 """Sentences that stand in the first screen."""
 HEADINGS = (
     (
+        "replicated",
+        "Do published numbers replicate?",
+        "What was published, beside the number of the same quantity that was measured here.",
+    ),
+    (
         "where",
         "Where the neurons are",
         "Rows are layers, columns the seven projections of a layer; empty places were not searched.",
@@ -277,6 +282,7 @@ HEADINGS = (
 )
 """Anchor, heading and introduction of every section."""
 _FIRST = (
+    "run",
     "tune",
     "verify-both",
     "verify-patch",

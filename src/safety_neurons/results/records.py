@@ -449,6 +449,8 @@ class JudgedRecord(TypedDict):
     harm: NotRequired[EstimateRecord]
     refused: NotRequired[EstimateRecord]
     over_refusal: NotRequired[EstimateRecord]
+    score: NotRequired[EstimateRecord]
+    """Mean of the number that a judge gives, such as the cost of a cost model."""
     by_seed: NotRequired[dict[str, list[float | None]]]
     noise_floor: NotRequired[dict[str, float | None]]
     """By measure the largest difference between two seeds of one model."""

@@ -74,6 +74,7 @@ from safety_neurons.studies.scoring import (
     suite_changes,
 )
 from safety_neurons.suites import ADAPTIVE, STATIC, Suite, attack, suite
+from safety_neurons.suites.rewording import is_search
 
 SUITES = ("builtin:harmful-test",)
 HARMLESS = "builtin:harmless-test"
@@ -604,16 +605,16 @@ def _attacked(harmful: Prompts, attacks: Sequence[str], model: LanguageModel | N
     """Every request under every attack, which tells the ids apart; `gcg` is made on the model in hand."""
     if tuple(attacks) == ("direct",):
         return harmful
-    if "gcg" in attacks and model is None:
+    if any(map(is_search, attacks)) and model is None:
         raise UsageError(
             "attack gcg is made on a model: expected one in memory (--model); an endpoint gives no gradients"
         )
     attacked: list[Prompt] = []
     for method in dict.fromkeys(attacks):
-        variants = attack(harmful, method, model=model if method == "gcg" else None)
+        variants = attack(harmful, method, model=model if is_search(method) else None)
         attacked += (
             [dataclasses.replace(one, meta={**one.meta, "made_on": UNTREATED}) for one in variants]
-            if method == "gcg"
+            if is_search(method)
             else variants
         )
     return Prompts(attacked, harmful.name, harmful.notes)

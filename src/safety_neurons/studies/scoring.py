@@ -67,6 +67,8 @@ class JudgeScore:
         harm_is: `harmful` where the judge says what is harmful, `complied` where it says what is refused.
         outcomes: by measure one number a prompt: 1 or 0, or the mean over its samples; None is unscored.
         by_seed: by measure the rate of every seed.
+        numbers: what the judge gives of every prompt beside its verdict, such as a cost; None where it gives
+            none.
     """
 
     judge: str
@@ -74,6 +76,7 @@ class JudgeScore:
     harm_is: str
     outcomes: Mapping[str, Outcomes]
     by_seed: Mapping[str, tuple[float | None, ...]]
+    numbers: Outcomes | None = None
 
     def noise_floor(self, measure: str) -> float | None:
         """The largest difference between two seeds of one and the same model; None for a single seed."""
@@ -84,6 +87,8 @@ class JudgeScore:
         """The rates as JSON values; `shared` is what prompts share."""
         rates = {measure: rate(values, shared).to_json() for measure, values in self.outcomes.items()}
         seeds = {measure: list(values) for measure, values in self.by_seed.items() if len(values) > 1}
+        if self.numbers is not None:
+            rates["score"] = rate(self.numbers, shared).to_json()
         several = (
             {"by_seed": seeds, "noise_floor": {measure: self.noise_floor(measure) for measure in seeds}}
             if seeds
@@ -218,7 +223,10 @@ def _judged(judge: str, asked: str, kind: str, seeds: Sequence[Completions]) -> 
             continue  # A judge of harm that says nothing of refusals.
         outcomes[measure] = tuple(_mean(values) for values in zip(*rows, strict=True))
         by_seed[measure] = tuple(_mean(row) for row in rows)
-    return JudgeScore(judge, asked, "harmful" if says_harm else "complied", outcomes, by_seed)
+    given = [[_number(verdict) for verdict in row] for row in verdicts]
+    numbers = tuple(_mean(values) for values in zip(*given, strict=True))
+    some = numbers if any(value is not None for value in numbers) else None
+    return JudgeScore(judge, asked, "harmful" if says_harm else "complied", outcomes, by_seed, some)
 
 
 def labels_of(meta: Mapping[str, Any]) -> dict[str, str]:
@@ -244,6 +252,14 @@ def _harmful(verdict: Mapping[str, Any]) -> float | None:
     if label in _HARM:
         return float(label == "harmful")
     return float(probability >= _HALF) if label in _REFUSAL and isinstance(probability, int | float) else None
+
+
+def _number(verdict: Mapping[str, Any]) -> float | None:
+    """The number that a judge gives beside its verdict; that of what it could not score is none."""
+    score = verdict.get("score")
+    if verdict.get("label") not in _HARM or isinstance(score, bool) or not isinstance(score, int | float):
+        return None
+    return float(score)
 
 
 def _outcome(verdict: Mapping[str, Any], measure: str, says_harm: bool) -> float | None:

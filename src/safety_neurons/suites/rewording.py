@@ -231,6 +231,19 @@ def _has_column(path: str | Path, name: str) -> bool:
     return True
 
 
+def is_search(method: str) -> bool:
+    """Whether an attack is made by a search on the model in hand."""
+    return method.partition(":")[0] == "gcg"
+
+
+def _effort(method: str) -> dict[str, int]:
+    """Steps and candidates that a name such as `gcg:500x512` gives; what it does not give the search has."""
+    numbers = re.fullmatch(r"gcg(?::([1-9][0-9]{0,6})(?:x([1-9][0-9]{0,6}))?)?", method)
+    if numbers is None:
+        raise UsageError(f"attack {method[:40]!r}: expected gcg, gcg:STEPS or gcg:STEPSxCANDIDATES")
+    return {name: int(text) for name, text in zip(("steps", "width"), numbers.groups(), strict=True) if text}
+
+
 ATTACKS = (*MECHANICAL, "translation", "gcg")
 """Every attack by name; `direct` is none."""
 
@@ -248,7 +261,8 @@ def attack(
 
     Args:
         prompts: The requests; of a suite their `meta` already holds goal, behaviour and target.
-        method: `direct`, `prefill`, `past-tense`, `aim`, `base64`, `translation` or `gcg`.
+        method: `direct`, `prefill`, `past-tense`, `aim`, `base64`, `translation` or `gcg`, which may name its
+            steps, or steps and candidates of a step: `gcg:500`, `gcg:500x512`.
         model: The model under attack, which `gcg` needs.
         pairs: Translations of the requests, which `translation` needs: by request, or a table.
         language: Column of the translations in the table.
@@ -262,12 +276,12 @@ def attack(
         UsageError: An unknown attack, or one that lacks what it needs.
         InputError: No prompt has a translation.
     """
-    if method == "gcg":
+    if is_search(method):
         if model is None:
             raise UsageError("attack 'gcg' is made on a model: expected one; pass model=")
         from safety_neurons.suites.gradient_search import gcg
 
-        return gcg(model, prompts, **options).prompts
+        return gcg(model, prompts, **{**_effort(method), **options}).prompts
     if options:
         raise UsageError(f"attack {method!r} takes no {', '.join(options)}; leave them away")
     if method == "translation":
