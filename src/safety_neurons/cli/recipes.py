@@ -68,7 +68,7 @@ def run(session: Session, repeated: RepeatedFile) -> dict[str, Any]:
         words, arguments = read(record, recipe)
         return _one(command_words(words, arguments, given, recipe, servers=servers), quiet=common.json)
     out = pathlib.Path(given.pop("out", None) or default_folder(recipe.stem, time.strftime("%Y%m%d-%H%M%S")))
-    plan = Plan.of(record, repeated, out)
+    plan = FilledRecipe.of(record, repeated, out)
     lines = {
         name: command_words(words, arguments, {**given, "out": out / name}, recipe, servers=servers)
         for name, words, arguments in plan.steps
@@ -114,7 +114,7 @@ def _repeated(record: dict[str, Any], repeated: RepeatedFile) -> RepeatedFile:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class FilledRecipe:
     """A recipe with what it leaves open filled in.
 
     Attributes:
@@ -138,7 +138,7 @@ class Plan:
     quantities: Sequence[Any]
 
     @classmethod
-    def of(cls, record: dict[str, Any], repeated: RepeatedFile, out: pathlib.Path) -> "Plan":
+    def of(cls, record: dict[str, Any], repeated: RepeatedFile, out: pathlib.Path) -> "FilledRecipe":
         """Fill in every place of every step.
 
         Raises:
