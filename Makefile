@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 JOBS   ?= 2
 
-.PHONY: demo test real real-study check format bench wheel clean
+.PHONY: demo test real real-study check format bench faults wheel clean
 .DEFAULT_GOAL := test
 
 # torch first and alone: its pin keeps a later resolver step from choosing another build.
@@ -44,6 +44,10 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py
+
+# Kills every long verb at random moments and file operations; KILLS=50 takes an hour on two cores. See docs/reliability.md.
+faults: $(STAMP)
+	cd benchmarks && OMP_NUM_THREADS=1 ../$(BIN)/python faults.py --kills $(or $(KILLS),10)
 
 wheel: $(STAMP)
 	$(BIN)/python -m build --wheel

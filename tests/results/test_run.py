@@ -18,12 +18,12 @@ from safetensors.numpy import save
 from conforming import misfits
 from safety_neurons.errors import InputError, RunError
 from safety_neurons.results import Checkpoint, RunFolder, plain, rate, read_json, write_bytes, write_json
-from safety_neurons.results.records import RunRecord
+from safety_neurons.results.records import RunRecord, plain_name
 from safety_neurons.results.run import (
     PARTIAL,
     Cache,
     contents_of,
-    plain_name,
+    elapsed,
     remove_partial,
     safetensors_bytes,
     whole_folder,
@@ -32,6 +32,24 @@ from safety_neurons.results.run import (
 
 def left_in(folder):
     return sorted(entry.name for entry in folder.iterdir())
+
+
+def test_what_a_killed_process_left_of_a_file_goes_at_the_next_write_and_no_living_ones_does(
+    tmp_path,
+):
+    program = (
+        "import os, signal, sys\n"
+        "from safety_neurons.results import write_json\n"
+        "os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "write_json(sys.argv[1], {})\n"
+    )
+    target = tmp_path / "report.html"
+    subprocess.run([sys.executable, "-c", program, str(target)], check=False)
+    (left,) = left_in(tmp_path)
+    theirs = f".report.html.{left.split('.')[3].partition('-')[0]}-{os.getppid()}-abc{PARTIAL}"
+    (tmp_path / theirs).touch()
+    write_json(target, {})
+    assert left_in(tmp_path) == [theirs, "report.html"]
 
 
 @pytest.mark.parametrize("call", ["os.fsync", "os.replace", "os.fdopen", "tempfile.mkstemp"])
@@ -475,6 +493,20 @@ def test_a_run_of_another_version_is_not_taken_for_this_ones(tmp_path, prompts):
 
 
 # A moved folder
+
+
+def test_a_file_that_is_written_for_a_run_names_its_paths_within_the_folder(tmp_path):
+    run = RunFolder(tmp_path / "a", "find", {})
+    run.write_json("r.json", {"sets": [str(run.path("n.safetensors")), "/elsewhere"]})
+    assert read_json(tmp_path / "a" / "r.json") == {"sets": ["n.safetensors", "/elsewhere"]}
+
+
+def test_no_time_is_said_where_files_are_to_be_the_same_and_a_clock_that_goes_back_says_none(monkeypatch):
+    monkeypatch.delenv("SOURCE_DATE_EPOCH", raising=False)
+    assert elapsed(time.monotonic() - 5) >= 5
+    assert elapsed(time.monotonic() + 5) == 0
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "0")
+    assert elapsed(time.monotonic() - 5) == 0
 
 
 def test_paths_in_a_result_follow_the_folder(tmp_path):

@@ -302,7 +302,7 @@ def read(record: dict[str, Any], recipe: pathlib.Path) -> tuple[list[str], dict[
 
 def steps_of(record: dict[str, Any], recipe: pathlib.Path) -> list[Step]:
     """The steps of a recipe; arguments that `shared` holds are every step's, where it has none of its own."""
-    from safety_neurons.results.run import plain_name
+    from safety_neurons.results.records import plain_name
 
     steps, shared = record["steps"], record.get("shared", {})
     if (

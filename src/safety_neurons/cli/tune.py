@@ -204,7 +204,6 @@ def refuse_ranks(model: Any, neurons: Any) -> None:
 def keep(session: Session, written: Written, model: Any, tuning: Any) -> dict[str, Any]:
     """Write delta, adapter and, where it was asked for, the merged model; the result."""
     from safety_neurons.neurons import parse_key
-    from safety_neurons.results import write_json
     from safety_neurons.tuning import export_lora, export_merged, save_delta, survival
 
     delta, folder = tuning.tuned.delta, session.folder.folder.absolute()
@@ -235,9 +234,8 @@ def keep(session: Session, written: Written, model: Any, tuning: Any) -> dict[st
         "completions": str(folder / "completions.jsonl"),
         "results": str(folder / "results.json"),
     }
-    write_json(
-        session.folder.path("results.json"),
-        {**result, "history": [dataclasses.asdict(step) for step in tuning.tuned.history]},
+    session.folder.write_json(
+        "results.json", {**result, "history": [dataclasses.asdict(step) for step in tuning.tuned.history]}
     )
     if result["frozen_unchanged"] is False:
         raise RunError(

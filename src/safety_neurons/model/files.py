@@ -25,7 +25,8 @@ from torch import Tensor
 from safety_neurons import strict_json
 from safety_neurons.errors import InputError, ModelError, NeuronError, first_line
 from safety_neurons.neurons import NeuronSet
-from safety_neurons.results.run import Contents, contents_of, plain_name, read_json, within
+from safety_neurons.results.records import plain_name
+from safety_neurons.results.run import Contents, contents_of, read_json, within
 
 _POINTER = b"version https://git-lfs"
 

@@ -8,14 +8,20 @@ terminal, notebook, report and users' own tools.
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from typing import Any, ClassVar, Generic, NotRequired, TypedDict, TypeVar, cast
 
 import numpy as np
 
+from safety_neurons.errors import InputError
 from safety_neurons.results import notebook
 
 RecordT = TypeVar("RecordT")
+_RESERVED = frozenset(
+    {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(10))}
+)
+_LONGEST_NAME = 200
 
 
 def plain(value: Any) -> Any:
@@ -43,6 +49,31 @@ def plain(value: Any) -> Any:
     if isinstance(value, (set, frozenset)):
         return sorted(plain(item) for item in value)
     return str(value)
+
+
+def plain_name(name: object, what: str) -> str:
+    """A name out of a file that is to become the name of a file or folder: a name, never a path.
+
+    Raises:
+        InputError: empty, too long, with a separator, a drive, a control character or a leading dot, or
+        reserved by a system.
+    """
+    text = str(name)
+    fits = (
+        0 < len(text.encode(errors="replace")) <= _LONGEST_NAME
+        and text == text.strip()
+        and not text.startswith(".")
+    )
+    if (
+        not fits
+        or re.search(r'[\x00-\x1f\x7f-\x9f/\\:*?"<>|\ud800-\udfff]', text)
+        or text.split(".")[0].lower() in _RESERVED
+    ):
+        raise InputError(
+            f"{what} {text[:60]!r} is not a plain name; expected letters, digits, '-', '_' and '.', "
+            "without folders: rename it"
+        )
+    return text
 
 
 def called(key: str | None) -> dict[str, str | None]:

@@ -18,7 +18,6 @@ import json
 import os
 import pathlib
 import platform
-import re
 import shutil
 import socket
 import stat
@@ -42,10 +41,6 @@ PathLike = str | os.PathLike[str]
 PARTIAL = ".safety-neurons-partial"
 """The end of every temporary's name."""
 _OLD = ".old"
-_RESERVED = frozenset(
-    {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(10))}
-)
-_LONGEST_NAME = 200
 
 
 def write_bytes(path: PathLike, content: bytes) -> None:
@@ -59,7 +54,8 @@ def write_bytes(path: PathLike, content: bytes) -> None:
     temporary: str | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=PARTIAL)
+        mine = _remove_left(target)
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=mine, suffix=PARTIAL)
         with os.fdopen(handle, "wb") as stream:
             stream.write(content)
             stream.flush()
@@ -75,6 +71,23 @@ def write_bytes(path: PathLike, content: bytes) -> None:
         if temporary is not None:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
+
+
+def _remove_left(target: pathlib.Path) -> str:
+    """Remove the temporaries that dead processes of this machine left for a file; how one of this process
+    begins.
+
+    A file of no run has nobody else who would look after them.
+    """
+    host = f".{target.name}.{hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]}-"
+    with contextlib.suppress(OSError):  # another user's: theirs to remove
+        for left in target.parent.iterdir():
+            if left.name.startswith(host) and left.name.endswith(PARTIAL):
+                try:
+                    os.kill(int(left.name[len(host) :].partition("-")[0]), 0)
+                except (ProcessLookupError, ValueError):
+                    left.unlink(missing_ok=True)
+    return f"{host}{os.getpid()}-"
 
 
 @contextlib.contextmanager
@@ -138,31 +151,6 @@ def _umask() -> int:
     return mask
 
 
-def plain_name(name: object, what: str) -> str:
-    """A name out of a file that is to become the name of a file or folder: a name, never a path.
-
-    Raises:
-        InputError: empty, too long, with a separator, a drive, a control character or a leading dot, or
-        reserved by a system.
-    """
-    text = str(name)
-    fits = (
-        0 < len(text.encode(errors="replace")) <= _LONGEST_NAME
-        and text == text.strip()
-        and not text.startswith(".")
-    )
-    if (
-        not fits
-        or re.search(r'[\x00-\x1f\x7f-\x9f/\\:*?"<>|\ud800-\udfff]', text)
-        or text.split(".")[0].lower() in _RESERVED
-    ):
-        raise InputError(
-            f"{what} {text[:60]!r} is not a plain name; expected letters, digits, '-', '_' and '.', "
-            "without folders: rename it"
-        )
-    return text
-
-
 def now() -> str:
     """The time, UTC, ISO 8601; that of SOURCE_DATE_EPOCH (seconds since 1970) where it is set, so that files
     can be made again.
@@ -179,6 +167,14 @@ def now() -> str:
         raise InputError(
             f"SOURCE_DATE_EPOCH {given[:40]!r} is no time; expected seconds since 1970: correct or unset it"
         ) from None
+
+
+def elapsed(started: float) -> float:
+    """Seconds since a reading of `time.monotonic`, at least 0.
+
+    Under SOURCE_DATE_EPOCH 0: files that are to be the same each time cannot say how long it took.
+    """
+    return 0.0 if os.environ.get("SOURCE_DATE_EPOCH") else max(0.0, time.monotonic() - started)
 
 
 def safetensors_bytes(arrays: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
@@ -605,6 +601,14 @@ class RunFolder:
                 self._write()
         return target
 
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a JSON file of this run; paths in the folder are relative to it, so that it may be moved."""
+        write_json(self.path(name), _unplaced(plain(value), self._roots)[0])
+
+    @property
+    def _roots(self) -> tuple[pathlib.Path, pathlib.Path]:
+        return self.folder.absolute(), self.folder.resolve()
+
     def cached(self, key: Any, compute: Callable[[], Value], files: Sequence[pathlib.Path] = ()) -> Value:
         """`Cache.cached` in this folder; what is finished of the run stays there."""
         return Cache(self.path).cached(key, compute, files)
@@ -621,16 +625,14 @@ class RunFolder:
                 that it may be moved; `paths` says where in the result they are.
             about: further entries of `run.json`, such as `device`, `hashes`, `timings`.
         """
-        seconds = self._record["timings"].get("seconds", 0.0) + time.monotonic() - self._started
-        if os.environ.get("SOURCE_DATE_EPOCH"):
-            seconds = 0.0  # Files that are to be the same each time cannot say how long it took.
+        seconds = self._record["timings"].get("seconds", 0.0) + elapsed(self._started)
         timings = {
             **self._record["timings"],
             "finished": now(),
             "seconds": seconds,
             **plain(about.pop("timings", {})),
         }
-        result, paths = _unplaced(plain(dict(record or {})), (self.folder.absolute(), self.folder.resolve()))
+        result, paths = _unplaced(plain(dict(record or {})), self._roots)
         self._record |= {
             **plain(about),
             "result": result,

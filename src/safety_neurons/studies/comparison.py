@@ -60,7 +60,7 @@ from safety_neurons.results.measured import (
     StandingRecord,
 )
 from safety_neurons.results.records import Recorded, called
-from safety_neurons.results.run import Cache
+from safety_neurons.results.run import Cache, elapsed
 from safety_neurons.studies.bench import Arm, ArmOutcome, Bench, How, Progress, Verdicts, content_of
 from safety_neurons.studies.verification import AUTO, Ceiling, SubjectModels
 
@@ -389,10 +389,9 @@ class Searches:
         models = self.models if method.PAIR else self.models[-1:]
 
         def search(**kept: Checkpoint) -> tuple[Scores, float]:
-            started = time.perf_counter()
-            return find(
-                method, models, prompts, batch_size=batch_size, **shown, **kept
-            ).scores, time.perf_counter() - started
+            started = time.monotonic()
+            scores = find(method, models, prompts, batch_size=batch_size, **shown, **kept).scores
+            return scores, elapsed(started)
 
         if self.place is None:
             return search()
