@@ -28,12 +28,12 @@ from safety_neurons.model import LanguageModel
 from safety_neurons.model.batches import collate, forward
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.prompt_lists import Prompt, Prompts
-from safety_neurons.results import Checkpoint
+from safety_neurons.results import Checkpoint, Rate
 from safety_neurons.results import run as run_files
 from safety_neurons.tuning import StopCheck, apply_delta, attach, beside, tune, tuning_examples
 from safety_neurons.tuning import train as training
 from safety_neurons.tuning.data import shuffled, text_examples
-from safety_neurons.tuning.stopping import TrustRegion
+from safety_neurons.tuning.stopping import Checked, TrustRegion
 from safety_neurons.tuning.train import SHARE, factor, learning_rates
 from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
 
@@ -318,6 +318,29 @@ def test_training_ends_early_when_harmless_prompts_are_refused():
     assert tuned.steps == 2 < tuned.planned
     assert tuned.stopped == "harmless prompts are refused"
     assert any("no state kept harmless prompts as they were" in note for note in tuned.notes)
+
+
+def test_the_largest_sound_share_of_the_way_to_a_state_that_went_too_far_is_kept(monkeypatch):
+    seen = []
+
+    def measure(self, model, deltas, step):
+        """Refuses more the further the deltas are from zero, and too much beyond 0.7 of the first check's."""
+        size = deltas.norm()
+        seen.append(size if step else 0.0)
+        way = size / seen[1] if step else 0.0
+        rates = (Rate(value, 0.0, 1.0, 10) for value in (min(way, 1.0), 0.0 if way < 0.7 else 0.5))
+        return Checked(step, *rates, 0.0)
+
+    monkeypatch.setattr(StopCheck, "measure", measure)
+    check = StopCheck(HARMFUL[:4], HARMLESS, refuses, every=2, settled=None)
+    tuned = tune(fresh(), some(fresh()), HARMFUL, check=check, max_steps=2, **FAST)
+    assert [round(size / seen[1], 3) for size in seen] == [0.0, 1.0, 0.5, 0.75, 0.625]
+    assert [(each.step, each.share) for each in tuned.checks] == [(2, 1.0), (2, 0.5), (2, 0.625)]
+    whole = tune(fresh(), some(fresh()), HARMFUL, max_steps=2, **FAST).delta
+    for key, change in whole.tensors.items():
+        assert torch.allclose(tuned.delta.tensors[key], 0.625 * change, rtol=1e-6, atol=0)
+    assert tuned.kept == 2
+    assert not any("no state kept" in note for note in tuned.notes)
 
 
 # A kill in the middle

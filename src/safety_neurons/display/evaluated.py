@@ -405,7 +405,12 @@ def tune_part(run: ReportedRun) -> DisplayPart:
     rows = [arm_row(arm, result[arm]) for arm in ("before", "after")]
     checks = [
         [
-            count(each["step"]),
+            count(each["step"])
+            + (
+                f", {each['share']:.0%} of the way".replace("%", "\u00a0%")
+                if each.get("share", 1) < 1
+                else ""
+            ),
             interval(each["harmful_refused"]),
             interval(each["harmless_refused"]),
             number(each["divergence"], 3),

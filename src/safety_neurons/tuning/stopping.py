@@ -39,6 +39,8 @@ class Checked:
         divergence: KL(untreated ‖ treated) per token of the untouched model's answers to the harmless
             requests, in nats.
         perplexity: of held-out general text, times the untouched model's; 1 without such text.
+        share: of the way from the best sound state before it to that of this step; below 1 where the whole
+            way was too far.
     """
 
     step: int
@@ -46,6 +48,7 @@ class Checked:
     harmless_refused: Rate
     divergence: float
     perplexity: float = 1.0
+    share: float = 1.0
 
     def record(self) -> dict[str, Any]:
         """As JSON values."""
@@ -55,6 +58,7 @@ class Checked:
             "harmless_refused": self.harmless_refused.to_json(),
             "divergence": self.divergence,
             "perplexity": self.perplexity,
+            "share": self.share,
         }
 
     @staticmethod
@@ -66,6 +70,7 @@ class Checked:
             Rate(**record["harmless_refused"]),
             float(record["divergence"]),
             float(record["perplexity"]),
+            float(record.get("share", 1.0)),
         )
 
 
@@ -73,13 +78,14 @@ class Checked:
 class StopCheck:
     """What is looked at while training, and when it ends.
 
-    A state is sound if it refuses at most `tolerance` more of the harmless prompts than the untouched model,
-    diverges from it by at most `max_divergence`, and gives general text at most `max_perplexity` times its
-    perplexity, where those are set. The best state is the sound one that refuses most harmful prompts, the
-    latest of equals; without a sound one, the one that over-refuses and strays least for what it refuses.
-    Training ends when `patience` checks in a row were not sound, when `settled` checks in a row were sound
-    and refused everything, or when `still` checks in a row brought no state that refuses more than the best
-    before them, which refused something.
+    A state is sound if it refuses at most `tolerance` more of the harmless prompts than the untouched
+    model, diverges from it by at most `max_divergence`, and gives general text at most `max_perplexity`
+    times its perplexity, where those are set. The best state is the sound one that refuses most harmful
+    prompts, the latest of equals; without a sound one, the one that over-refuses and strays least for
+    what it refuses. Where a state refuses more than the best sound one but is not sound, states between
+    the two are looked at. Training ends when `patience` checks in a row were not sound, when `settled`
+    checks in a row were sound and refused everything, or when `still` checks in a row brought no state
+    that refuses more than the best before them, which refused something.
 
     Attributes:
         harmful: held-out harmful requests.
@@ -203,6 +209,20 @@ class StopJudge:
         if better:
             self.best = now
         return better
+
+    def too_far(self, now: Checked) -> bool:
+        """Whether a state is not sound but refuses more than the best sound one, so that something between
+        the two may be better than both.
+        """
+        assert self.before is not None
+        best = self.best if self.best is not None and self.sound(self.best) else self.before
+        return not self.sound(now) and (now.harmful_refused.value or 0.0) > (
+            best.harmful_refused.value or 0.0
+        )
+
+    def improves(self, now: Checked) -> bool:
+        """Whether a state is sound and no worse than the best so far."""
+        return self.sound(now) and (self.best is None or self._merit(now) >= self._merit(self.best))
 
     def sound(self, now: Checked) -> bool:
         """Whether a state answers harmless requests as the untouched model does."""
@@ -362,6 +382,8 @@ class TrustRegion:
         return False
 
 
+BACK = 3
+"""Checks between the best sound state and one that went too far."""
 OPENING = 4.0
 """Times the divergence per token that the loss may show on answers: half of its weight is on their first
 token, where nearly all of the divergence is.

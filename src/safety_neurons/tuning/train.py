@@ -50,7 +50,7 @@ from safety_neurons.tuning.data import (
 )
 from safety_neurons.tuning.deltas import Deltas, attach, total_norm, weight_of
 from safety_neurons.tuning.settings import Anchored, TuningSettings, checked_rate
-from safety_neurons.tuning.stopping import FINISHED, Checked, StopCheck, StopJudge, TrustRegion
+from safety_neurons.tuning.stopping import BACK, FINISHED, Checked, StopCheck, StopJudge, TrustRegion
 
 BATCH = 8
 """Examples of a pass where nothing else is asked for."""
@@ -225,15 +225,40 @@ class Loop:
             self.kept_step = self.step
             return
         now = self.judge.check.measure(self.model, self.deltas, self.step)
+        start = self._best_sound()
         if self.judge.look(now):
             self.best, self.kept_step = self.deltas.tensors(), self.step
+        if self.judge.too_far(now):
+            self._go_back(self.judge, start)
         self.stopped = self.judge.verdict()
         if self.region.checked(self.judge, now):  # too far: on from the best sound state, in smaller steps
-            best = self.best if self.best is not None and self.sound else None
-            self.deltas.load_tensors(
-                best or {k: torch.zeros_like(v) for k, v in self.deltas.tensors().items()}
-            )
+            self.deltas.load_tensors(self._best_sound())
         self._tell(self.history[-1].loss, now)
+
+    def _best_sound(self) -> dict[str, Tensor]:
+        """The best sound state, or the untouched model."""
+        if self.best is not None and self.sound:
+            return self.best
+        return {key: torch.zeros_like(value) for key, value in self.deltas.tensors().items()}
+
+    def _go_back(self, judge: StopJudge, start: Mapping[str, Tensor]) -> None:
+        """Look for the largest sound share of the way from the best sound state to one that went too far, by
+        halving, and keep what is better; training goes on from where it was.
+
+        Source: Wortsman et al., CVPR 2022 (weights between a model and its fine-tuned self trade what both
+        are good at). Differs: between two states of one training, and the share is found on held-out prompts.
+        """
+        end, low, high = self.deltas.tensors(), 0.0, 1.0
+        for _ in range(BACK):
+            share = (low + high) / 2
+            self.deltas.load_tensors({key: start[key] + share * (end[key] - start[key]) for key in end})
+            between = judge.check.measure(self.model, self.deltas, self.step)
+            between = dataclasses.replace(between, share=share)
+            low, high = (share, high) if judge.sound(between) else (low, share)
+            if judge.improves(between):
+                judge.look(between)
+                self.best, self.kept_step = self.deltas.tensors(), self.step
+        self.deltas.load_tensors(end)
 
     def _rate(self, highest: float, step: int) -> float:
         return highest * self.region.scale * factor(step, self.steps, self.settings.warmup)
