@@ -22,7 +22,7 @@ def recipe_part(run: ReportedRun) -> DisplayPart:
         [
             visible(row["what"], 120),
             name(row["of"]) if row["of"] else NONE,
-            _amount(row["published"], row["unit"]),
+            _published(row),
             _measured(row),
             _signed(row["difference"], row["unit"]),
         ]
@@ -69,9 +69,10 @@ def recipe_findings(run: ReportedRun) -> list[Finding]:
     return findings
 
 
-def _amount(value: float | None, unit: str) -> str:
-    """A number in its unit; `not found` where none is known."""
-    return "not found" if value is None else f"{number(value, _digits(unit))}{_behind(unit)}"
+def _published(row: Mapping[str, Any]) -> str:
+    """A number in its unit, or why none is known."""
+    value, unit = row["published"], row["unit"]
+    return row["unpublished"] if value is None else f"{number(value, _digits(unit))}{_behind(unit)}"
 
 
 def _measured(row: Mapping[str, Any]) -> str:
@@ -81,8 +82,7 @@ def _measured(row: Mapping[str, Any]) -> str:
         return NOT_RUN if why.startswith(NOT_RUN) else visible(why, 160)
     if found["value"] is None:
         return f"undefined ({visible(found.get('why') or 'no number', 100)})"
-    shown = interval(found, digits=_digits(unit))
-    return f"{shown}{_behind(unit)}" if found["low"] is None else shown
+    return f"{interval(found, digits=_digits(unit))}{_behind(unit)}"
 
 
 def _signed(value: float | None, unit: str) -> str:
@@ -90,7 +90,7 @@ def _signed(value: float | None, unit: str) -> str:
 
 
 def _digits(unit: str) -> int:
-    return 1 if unit == PERCENT else 2
+    return 1 if unit == PERCENT else 3
 
 
 def _behind(unit: str) -> str:

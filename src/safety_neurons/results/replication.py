@@ -15,6 +15,8 @@ PERCENT = "%"
 """The unit of shares, which results hold as numbers from 0 to 1."""
 NOT_RUN = "not run here"
 NOT_GIVEN = "no verb gives it"
+NOT_FOUND, NOT_OF_IT, OURS = "not found", "not published", "not in the paper"
+"""A number that the sources at hand do not give, that of a model nothing was published of, one of our own."""
 Form = Mapping[str, Any]
 """Where a measured number is, or what it is made of: see `number_of`."""
 _FORMS = ("step", "mean", "one minus", "restored")
@@ -34,6 +36,8 @@ class PublishedRecord(TypedDict):
     """None where no number is known."""
     measured: EstimateRecord | None
     """None where nothing was measured."""
+    unpublished: NotRequired[str]
+    """Why no number is known: not found, not of this model, or not in the paper at all."""
     difference: float | None
     """Measured minus published."""
     why: NotRequired[str]
@@ -124,6 +128,11 @@ class Quantity:
                 "measured": None,
                 "difference": None,
             }
+            if published is None:
+                of_others = (
+                    any(value is not None for value in self.values.values()) and name not in self.values
+                )
+                row["unpublished"] = OURS if self.source == OURS else NOT_OF_IT if of_others else NOT_FOUND
             try:
                 if ran.of is not None and name != ran.of:
                     raise _Missing(NOT_RUN)
