@@ -29,6 +29,9 @@ from safety_neurons.interventions import patched
 from safety_neurons.interventions.patch import can_stack
 from safety_neurons.interventions.targets import Subject
 from safety_neurons.model import LanguageModel, token_losses
+from safety_neurons.model.decoding import Decoding, cut
+from safety_neurons.model.hooks import around
+from safety_neurons.model.language_model import generate
 from safety_neurons.neurons import NeuronSet
 from tiny import tiny_llama, tiny_tokenizer
 
@@ -317,6 +320,24 @@ def test_rows_that_ended_early_are_padded_and_do_not_disturb_the_others(
         stop = expected.index(end) + 1 if end in expected else len(expected)
         assert row[:stop] == expected[:stop][: len(row)]
         assert set(row[stop:]) <= {0}
+
+
+@pytest.mark.parametrize("kind", ["two models", "lora"])
+def test_rows_that_have_ended_leave_a_patched_batch_and_its_donors(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, donor = pair_of("llama") if kind == "two models" else shared_pair(kind)
+    asked = [random_ids((1, 3 + row % 3), seed=row)[0].tolist() for row in range(8)]
+    monkeypatch.setattr(base, "eos_ids", ())
+    with patched(base, donor, some(base)):
+        whole = [generate(base, [one], Decoding(8))[0].token_ids for one in asked]
+        ends = {whole[row][place] for row, place in ((0, 2), (1, 4), (2, 1))}
+        monkeypatch.setattr(base, "eos_ids", tuple(ends))
+        rows: list[int] = []
+        with around(base.inner.get_input_embeddings(), before=lambda args, _: rows.append(len(args[0]))):
+            together = generate(base, asked, Decoding(8), batch_size=8)
+    assert together == {row: cut(ids, ends, base.pad_id, 0) for row, ids in enumerate(whole)}
+    assert min(rows) < max(rows)
 
 
 @pytest.mark.parametrize("kind", ["two models", "ia3"])

@@ -9,8 +9,9 @@ from families import build
 from safety_neurons.errors import ModelError, UsageError
 from safety_neurons.judges import judge_refusal
 from safety_neurons.model import LanguageModel, load, run_batches, token_losses
+from safety_neurons.model.decoding import Decoding, cut
 from safety_neurons.model.hooks import around
-from safety_neurons.model.language_model import Decoding, generate
+from safety_neurons.model.language_model import generate
 from safety_neurons.model.passes import PassOptions
 from safety_neurons.prompt_lists import Prompt, Prompts
 from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
@@ -393,3 +394,20 @@ def test_an_earlier_completion_of_another_text_is_not_taken_up(lm):
     assert lm.complete(["kill a tree"], max_new_tokens=5, done=earlier) == earlier
     again = lm.complete(["why"], max_new_tokens=3, done=earlier)
     assert again == lm.complete(["why"], max_new_tokens=3)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "falcon", "gpt2", "mixtral"])
+def test_rows_that_have_ended_leave_the_batch_and_change_no_other_row(family, monkeypatch):
+    """Against every prompt answered alone, whatever the family's positions, windows and caches."""
+    model = LanguageModel(build(family))
+    generator = torch.Generator().manual_seed(1)
+    asked = [torch.randint(3, model.n_ids, (3 + row % 4,), generator=generator).tolist() for row in range(9)]
+    monkeypatch.setattr(model, "eos_ids", ())
+    whole = [generate(model, [one], Decoding(10))[0].token_ids for one in asked]
+    ends = {whole[row][place] for row, place in ((0, 2), (1, 4), (2, 1), (3, 5), (4, 3))}
+    monkeypatch.setattr(model, "eos_ids", tuple(ends))
+    rows = []
+    with around(model.inner.get_input_embeddings(), before=lambda args, _: rows.append(len(args[0]))):
+        together = generate(model, asked, Decoding(10), batch_size=9)
+    assert together == {row: cut(ids, ends, model.pad_id, 0) for row, ids in enumerate(whole)}
+    assert max(rows) == len(asked) > min(rows)

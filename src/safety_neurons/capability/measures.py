@@ -29,7 +29,8 @@ from safety_neurons.model import (
     token_losses,
 )
 from safety_neurons.model.batches import BatchSize
-from safety_neurons.model.language_model import Answer, Decoding, generate, stops
+from safety_neurons.model.decoding import Answer, Decoding
+from safety_neurons.model.language_model import generate, stops
 from safety_neurons.model.likelihood import widened
 from safety_neurons.prompt_lists import Prompts
 from safety_neurons.prompt_lists.readers import LARGEST

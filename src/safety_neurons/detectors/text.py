@@ -15,7 +15,7 @@ from safety_neurons.detectors.runner import Progress, PromptCounts, Stream
 from safety_neurons.errors import InputError, MismatchError, NumericalError, UsageError
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.batches import BatchSize
-from safety_neurons.model.language_model import Answer, Decoding
+from safety_neurons.model.decoding import Answer, Decoding
 from safety_neurons.model.language_model import generate as complete
 from safety_neurons.prompt_lists import Prompts
 from safety_neurons.prompt_lists.records import normalised

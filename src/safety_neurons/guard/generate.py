@@ -18,7 +18,8 @@ from safety_neurons.guard.guard import Guard
 from safety_neurons.guard.verdict import FlaggedError, Verdict
 from safety_neurons.guard.watching import Rules, Watch
 from safety_neurons.model import BatchSize, LanguageModel, Progress
-from safety_neurons.model.language_model import Answer, Decoding, PendingCompletions, Texts, end_ids, generate
+from safety_neurons.model.decoding import Answer, Decoding
+from safety_neurons.model.language_model import PendingCompletions, Texts, end_ids, generate
 from safety_neurons.prompt_lists import Prompt, Prompts, as_prompt
 from safety_neurons.results import Completion, Completions
 

@@ -21,7 +21,8 @@ from typing import Any
 from safety_neurons import strict_json
 from safety_neurons.errors import ModelError, UsageError
 from safety_neurons.model.batches import BatchSize, Progress
-from safety_neurons.model.language_model import Decoding, PendingCompletions, Texts
+from safety_neurons.model.decoding import Decoding
+from safety_neurons.model.language_model import PendingCompletions, Texts
 from safety_neurons.prompt_lists import Prompt
 from safety_neurons.results import Completion, Completions
 

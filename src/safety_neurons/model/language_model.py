@@ -9,13 +9,24 @@ from pathlib import Path
 from typing import Any, Literal, Unpack
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import nn
 
-from safety_neurons.errors import InputError, MismatchError, ModelError, UnsupportedModelError, UsageError
+from safety_neurons.errors import InputError, MismatchError, ModelError, UnsupportedModelError
 from safety_neurons.model.adapters import activated, is_adapted
 from safety_neurons.model.anatomy import resolve
 from safety_neurons.model.batches import BatchSize, Halving, Progress, Rows, plan, token_budget
+from safety_neurons.model.decoding import (
+    FEWEST,
+    Answer,
+    Decoding,
+    Finite,
+    cut,
+    decoded,
+    joined,
+    neutral_defaults,
+    rows_can_leave,
+    seeded,
+)
 from safety_neurons.model.hooks import evaluating
 from safety_neurons.model.proof import prove, same
 from safety_neurons.model.sites import Anatomy, unwrapped
@@ -518,87 +529,6 @@ def require_weights(model: nn.Module) -> None:
         )
 
 
-_INSTEAD = {
-    "do_sample": "sample=True, whose draws come from `seed`",
-    "generation_config": "its fields as arguments",
-    "input_ids": "prompts",
-    "inputs_embeds": "prompts",
-    "attention_mask": "prompts",
-    "max_length": "max_new_tokens",
-}
-"""Arguments of `generate` that would undo what a completion promises, and what to give in their place."""
-
-Watched = Callable[[list[int], Tensor], contextlib.AbstractContextManager[Mapping[str, Any]]]
-"""Watches the batches of `generate`: gets the indices of the rows and the mask `[batch, token]`, gives
-further arguments of the model's
-`generate` (`logits_processor` and `stopping_criteria` as lists, `streamer`)."""
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How answers are decoded.
-
-    Attributes:
-        max_new_tokens: Longest answer.
-        sample: Draw tokens rather than take the likeliest.
-        temperature: Of sampling.
-        top_p: Of sampling.
-        seed: Of sampling; every batch of the plan draws from its own stream, so a continued run draws the
-            same.
-        others: Further arguments of `generate`, passed on as they are.
-        watched: Opened around every batch, and again around each half of one that did not fit, with the
-            indices of its rows and its mask; gives arguments for that batch.
-    """
-
-    max_new_tokens: int = 128
-    sample: bool = False
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int = 0
-    others: Mapping[str, Any] | None = None
-    watched: Watched | None = None
-
-    @classmethod
-    def of(cls, options: Mapping[str, Any]) -> "Decoding":
-        """Keyword arguments of `complete`: what is no field of this class is an argument of `generate`."""
-        own = {
-            name: options[name]
-            for name in ("max_new_tokens", "sample", "temperature", "top_p", "seed")
-            if name in options
-        }
-        return cls(**own, others={name: value for name, value in options.items() if name not in own})
-
-    def __post_init__(self) -> None:
-        wrong = next((name for name in _INSTEAD if name in (self.others or {})), None)
-        if wrong is not None:
-            raise UsageError(f"argument {wrong!r} of generate() arrived: give {_INSTEAD[wrong]} instead")
-        if self.max_new_tokens < 1:
-            raise UsageError(f"max_new_tokens {self.max_new_tokens}: expected at least 1")
-        if self.sample and self.temperature <= 0:
-            raise UsageError(
-                f"temperature {self.temperature}: expected more than 0; leave sampling out for greedy "
-                "decoding"
-            )
-        if self.sample and not 0 < self.top_p <= 1:
-            raise UsageError(f"top_p {self.top_p}: expected more than 0 and at most 1")
-        if int((self.others or {}).get("num_return_sequences", 1)) != 1:
-            raise UsageError(
-                "num_return_sequences: expected one answer a prompt; give the prompt several times, or "
-                "call again with another seed"
-            )
-
-
-@dataclass(frozen=True)
-class Answer:
-    """Token ids generated for one sequence, EOS excluded, and why they end.
-
-    `stop` or `length`; `failed` where the model gave NaN or infinity at any step, and then there are none.
-    """
-
-    token_ids: list[int]
-    finish_reason: Literal["stop", "length", "failed"]
-
-
 def generate(
     lm: LanguageModel,
     sequences: Sequence[Sequence[int]],
@@ -627,7 +557,7 @@ def generate(
     """
     prompts = [list(sequence) for sequence in sequences]
     lengths = [len(sequence) + decoding.max_new_tokens for sequence in prompts]
-    groups = plan(lengths, batch_size, token_budget(lm.device), padded=takes_left_padding(lm))
+    groups = plan(lengths, batch_size, _budget(lm, decoding), padded=takes_left_padding(lm))
     skipped, halving, tokens = set(skip), Halving(), 0
     answers: dict[int, Answer] = {}
     for number, group in enumerate(groups):
@@ -654,6 +584,28 @@ def generate(
     return answers
 
 
+CACHE_BYTES, WIDEST = 2**30, 24576
+"""Bytes of keys and values, and tokens, of the rows that a processor answers in one batch."""
+
+
+def _budget(lm: LanguageModel, decoding: Decoding) -> int:
+    """Padded tokens of a batch of `auto` size, new ones included.
+
+    A decoding step reads all weights for one token of a row, so on a processor few rows cost nearly what many
+    do: of greedy answers as many go together as their keys and values leave room for. Draws depend on the
+    batch, and sampled answers keep theirs.
+    """
+    usual = token_budget(lm.device)
+    names = ("num_hidden_layers", "num_attention_heads", "hidden_size")
+    sizes = [getattr(lm.config, name, None) for name in names]
+    if decoding.sample or lm.device.type != "cpu" or not all(isinstance(size, int) for size in sizes):
+        return usual
+    layers, heads, hidden = sizes
+    width = getattr(lm.config, "head_dim", None) or hidden // heads
+    numbers = 2 * layers * (getattr(lm.config, "num_key_value_heads", None) or heads) * width
+    return max(usual, min(WIDEST, CACHE_BYTES // (numbers * lm.dtype.itemsize)))
+
+
 def _generate_rows(
     lm: LanguageModel, sequences: list[list[int]], rows: Rows, decoding: Decoding, number: int
 ) -> dict[int, Answer]:
@@ -674,10 +626,17 @@ def _generate_rows(
         stack.enter_context(untouched(lm.tokenizer))
         if decoding.sample:
             stack.enter_context(seeded(lm.device, decoding.seed, number))
+        if decoding.plain and len(rows) >= FEWEST and not _carries_state(lm) and rows_can_leave(lm.model):
+            given = (input_ids.to(lm.device), mask.to(lm.device))
+            written, lost = decoded(lm.model, *given, settings, ends, lm.pad_id)
+            return {
+                index: Answer([], "failed") if lost[row] else cut(written[row], ends, lm.pad_id, 0)
+                for row, index in enumerate(rows.indices)
+            }
         if decoding.watched is not None:
-            passed = _joined(passed, stack.enter_context(decoding.watched(rows.indices, mask)))
-        finite = _Finite(min(ends, default=lm.pad_id))
-        passed = _joined(passed, {"logits_processor": [finite]})
+            passed = joined(passed, stack.enter_context(decoding.watched(rows.indices, mask)))
+        finite = Finite(min(ends, default=lm.pad_id))
+        passed = joined(passed, {"logits_processor": [finite]})
         output = lm.model.generate(
             input_ids=input_ids.to(lm.device),
             attention_mask=mask.to(lm.device),
@@ -687,48 +646,9 @@ def _generate_rows(
     ids, failed = getattr(output, "sequences", output), finite.failed(len(rows))
     limit = decoding.max_new_tokens if stopped_otherwise else 0
     return {
-        index: Answer([], "failed") if failed[row] else _cut(ids[row, width:], ends, lm.pad_id, limit)
+        index: Answer([], "failed") if failed[row] else cut(ids[row, width:].tolist(), ends, lm.pad_id, limit)
         for row, index in enumerate(rows.indices)
     }
-
-
-class _Finite:
-    """A logits processor that ends the sequences whose logits are not numbers, which `generate` would go on
-    from with token 0.
-    """
-
-    def __init__(self, end: int) -> None:
-        self._end = end
-        self._failed: Tensor | None = None
-
-    def __call__(
-        self, _: Int[Tensor, "row token"], scores: Float[Tensor, "row vocab"]
-    ) -> Float[Tensor, "row vocab"]:
-        bad = ~scores.amax(
-            -1
-        ).isfinite()  # the largest is NaN where any is; −∞ may be a token that is forbidden
-        self._failed = bad if self._failed is None or len(self._failed) != len(bad) else self._failed | bad
-        ending = torch.full_like(scores[0], -torch.inf)
-        ending[self._end] = 0
-        return torch.where(bad[:, None], ending, scores)
-
-    def failed(self, rows: int) -> list[bool]:
-        """Which of the batch's rows failed; beams of a row count together."""
-        return [False] * rows if self._failed is None else self._failed.view(rows, -1).any(1).tolist()
-
-
-def _joined(given: dict[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of `generate` with those of a watch, whose processors and criteria come behind the
-    caller's.
-    """
-    from transformers import LogitsProcessorList, StoppingCriteriaList
-
-    lists = {"logits_processor": LogitsProcessorList, "stopping_criteria": StoppingCriteriaList}
-    joined = {
-        name: lists[name]([*(given.get(name) or ()), *value]) if name in lists else value
-        for name, value in more.items()
-    }
-    return {**given, **joined}
 
 
 def end_ids(lm: LanguageModel, given: int | Sequence[int] | None = None) -> list[int]:
@@ -762,65 +682,6 @@ def _settings(
         **values, eos_token_id=ends or None, pad_token_id=lm.pad_id, bos_token_id=lm.bos_id
     )
     return settings, passed, set(ends)
-
-
-def _cut(ids: Int[Tensor, " token"], ends: set[int], pad_id: int, limit: int) -> Answer:
-    """What was generated up to the first end of sequence.
-
-    Args:
-        ids: Generated ids of one row.
-        ends: Ids that end an answer.
-        pad_id: What follows an answer that ended before others of its batch.
-        limit: Longest answer where something else than an end token may stop one, 0 where nothing else can.
-    """
-    tokens = [int(token) for token in ids.tolist()]
-    for place, token in enumerate(tokens):
-        if token in ends:
-            return Answer(tokens[:place], "stop")
-    length = len(tokens)
-    while limit and length and tokens[length - 1] == pad_id:
-        length -= 1
-    return Answer(tokens[:length], "stop" if length < limit else "length")
-
-
-@contextlib.contextmanager
-def neutral_defaults(model: Any) -> Iterator[None]:
-    """A model without generation defaults of its own for a block, so that only what is asked for counts.
-
-    transformers fills whatever a call leaves open from the checkpoint's `generation_config` (temperature,
-    repetition penalty, …). PEFT replaces two attributes while it generates; they are put back as well.
-    """
-    from transformers import GenerationConfig
-
-    inner = unwrapped(model)
-    holders = [
-        holder
-        for holder in {id(inner): inner, id(model): model}.values()
-        if "generation_config" in vars(holder)
-    ]
-    before = [(holder, holder.generation_config) for holder in holders]
-    tuner = model.base_model if hasattr(model, "peft_config") else None
-    prepared = vars(tuner).get("prepare_inputs_for_generation") if tuner is not None else None
-    try:
-        for holder in holders:
-            holder.generation_config = GenerationConfig()
-        yield
-    finally:
-        for holder, settings in before:
-            holder.generation_config = settings
-        if tuner is not None:
-            vars(tuner).pop("prepare_inputs_for_generation", None)
-            if prepared is not None:
-                tuner.prepare_inputs_for_generation = prepared
-
-
-@contextlib.contextmanager
-def seeded(device: torch.device, seed: int, number: int) -> Iterator[None]:
-    """Random numbers of one's own for a block; the global generators are afterwards where they were."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed((seed * 1_000_003 + number) % 2**63)
-        yield
 
 
 def stops(model: LanguageModel, strings: Sequence[str]) -> dict[str, Any]:

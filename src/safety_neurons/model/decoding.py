@@ -1,0 +1,283 @@
+"""Decode with transformers' `generate`: what is asked, answers, settings of one's own alone, and batches that
+rows leave when their answers end.
+"""
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from safety_neurons.errors import UsageError
+from safety_neurons.model.sites import unwrapped
+
+_INSTEAD = {
+    "do_sample": "sample=True, whose draws come from `seed`",
+    "generation_config": "its fields as arguments",
+    "input_ids": "prompts",
+    "inputs_embeds": "prompts",
+    "attention_mask": "prompts",
+    "max_length": "max_new_tokens",
+}
+"""Arguments of `generate` that would undo what a completion promises, and what to give in their place."""
+
+Watched = Callable[[list[int], Tensor], contextlib.AbstractContextManager[Mapping[str, Any]]]
+"""Watches the batches of `generate`: gets the indices of the rows and the mask `[batch, token]`, gives
+further arguments of the model's
+`generate` (`logits_processor` and `stopping_criteria` as lists, `streamer`)."""
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How answers are decoded.
+
+    Attributes:
+        max_new_tokens: Longest answer.
+        sample: Draw tokens rather than take the likeliest.
+        temperature: Of sampling.
+        top_p: Of sampling.
+        seed: Of sampling; every batch of the plan draws from its own stream, so a continued run draws the
+            same.
+        others: Further arguments of `generate`, passed on as they are.
+        watched: Opened around every batch, and again around each half of one that did not fit, with the
+            indices of its rows and its mask; gives arguments for that batch.
+    """
+
+    max_new_tokens: int = 128
+    sample: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+    others: Mapping[str, Any] | None = None
+    watched: Watched | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether every row is decoded greedily for itself alone, whatever other rows its batch has."""
+        return not (self.sample or self.others or self.watched)
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> "Decoding":
+        """Keyword arguments of `complete`: what is no field of this class is an argument of `generate`."""
+        own = {
+            name: options[name]
+            for name in ("max_new_tokens", "sample", "temperature", "top_p", "seed")
+            if name in options
+        }
+        return cls(**own, others={name: value for name, value in options.items() if name not in own})
+
+    def __post_init__(self) -> None:
+        wrong = next((name for name in _INSTEAD if name in (self.others or {})), None)
+        if wrong is not None:
+            raise UsageError(f"argument {wrong!r} of generate() arrived: give {_INSTEAD[wrong]} instead")
+        if self.max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens {self.max_new_tokens}: expected at least 1")
+        if self.sample and self.temperature <= 0:
+            raise UsageError(
+                f"temperature {self.temperature}: expected more than 0; leave sampling out for greedy "
+                "decoding"
+            )
+        if self.sample and not 0 < self.top_p <= 1:
+            raise UsageError(f"top_p {self.top_p}: expected more than 0 and at most 1")
+        if int((self.others or {}).get("num_return_sequences", 1)) != 1:
+            raise UsageError(
+                "num_return_sequences: expected one answer a prompt; give the prompt several times, or "
+                "call again with another seed"
+            )
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Token ids generated for one sequence, EOS excluded, and why they end.
+
+    `stop` or `length`; `failed` where the model gave NaN or infinity at any step, and then there are none.
+    """
+
+    token_ids: list[int]
+    finish_reason: Literal["stop", "length", "failed"]
+
+
+class Finite:
+    """A logits processor that ends the sequences whose logits are not numbers, which `generate` would go on
+    from with token 0.
+    """
+
+    def __init__(self, end: int) -> None:
+        self._end = end
+        self._failed: Tensor | None = None
+
+    def __call__(
+        self, _: Int[Tensor, "row token"], scores: Float[Tensor, "row vocab"]
+    ) -> Float[Tensor, "row vocab"]:
+        """The scores, those of a failed row with the end token alone."""
+        bad = ~scores.amax(
+            -1
+        ).isfinite()  # the largest is NaN where any is; −∞ may be a token that is forbidden
+        self._failed = bad if self._failed is None or len(self._failed) != len(bad) else self._failed | bad
+        ending = torch.full_like(scores[0], -torch.inf)
+        ending[self._end] = 0
+        return torch.where(bad[:, None], ending, scores)
+
+    def failed(self, rows: int) -> list[bool]:
+        """Which of the batch's rows failed; beams of a row count together."""
+        return [False] * rows if self._failed is None else self._failed.view(rows, -1).any(1).tolist()
+
+
+def joined(given: dict[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `generate` with those of a watch, whose processors and criteria come behind the
+    caller's.
+    """
+    from transformers import LogitsProcessorList, StoppingCriteriaList
+
+    lists = {"logits_processor": LogitsProcessorList, "stopping_criteria": StoppingCriteriaList}
+    joined = {
+        name: lists[name]([*(given.get(name) or ()), *value]) if name in lists else value
+        for name, value in more.items()
+    }
+    return {**given, **joined}
+
+
+def cut(tokens: list[int], ends: Collection[int], pad_id: int, limit: int) -> Answer:
+    """What was generated up to the first end of sequence.
+
+    Args:
+        tokens: Generated ids of one row.
+        ends: Ids that end an answer.
+        pad_id: What follows an answer that ended before others of its batch.
+        limit: Longest answer where something else than an end token may stop one, 0 where nothing else can.
+    """
+    for place, token in enumerate(tokens):
+        if token in ends:
+            return Answer(tokens[:place], "stop")
+    length = len(tokens)
+    while limit and length and tokens[length - 1] == pad_id:
+        length -= 1
+    return Answer(tokens[:length], "stop" if length < limit else "length")
+
+
+@contextlib.contextmanager
+def neutral_defaults(model: Any) -> Iterator[None]:
+    """A model without generation defaults of its own for a block, so that only what is asked for counts.
+
+    transformers fills whatever a call leaves open from the checkpoint's `generation_config` (temperature,
+    repetition penalty, …). PEFT replaces two attributes while it generates; they are put back as well.
+    """
+    from transformers import GenerationConfig
+
+    inner = unwrapped(model)
+    holders = [
+        holder
+        for holder in {id(inner): inner, id(model): model}.values()
+        if "generation_config" in vars(holder)
+    ]
+    before = [(holder, holder.generation_config) for holder in holders]
+    tuner = model.base_model if hasattr(model, "peft_config") else None
+    prepared = vars(tuner).get("prepare_inputs_for_generation") if tuner is not None else None
+    try:
+        for holder in holders:
+            holder.generation_config = GenerationConfig()
+        yield
+    finally:
+        for holder, settings in before:
+            holder.generation_config = settings
+        if tuner is not None:
+            vars(tuner).pop("prepare_inputs_for_generation", None)
+            if prepared is not None:
+                tuner.prepare_inputs_for_generation = prepared
+
+
+@contextlib.contextmanager
+def seeded(device: torch.device, seed: int, number: int) -> Iterator[None]:
+    """Random numbers of one's own for a block; the global generators are afterwards where they were."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed((seed * 1_000_003 + number) % 2**63)
+        yield
+
+
+FEWEST = 8
+"""Rows of a batch from which on those that have ended leave it: a step of fewer costs nearly as much."""
+LEAVING = 3
+"""Rows leave when one in so many has ended: to go on costs a call and a copy of the others' cache."""
+_ROW_LAYERS = frozenset({"DynamicLayer", "DynamicSlidingWindowLayer"})
+"""Layers of a cache that hold keys and values by row, and nothing else."""
+
+
+def rows_can_leave(model: Any) -> bool:
+    """Whether the model's cache holds every row by itself, so that rows can be taken out of a batch."""
+    from transformers import DynamicCache
+
+    inner = unwrapped(model)
+    plain = getattr(inner, "_supports_default_dynamic_cache", None)
+    if not callable(plain) or not plain():
+        return False
+    layers = getattr(DynamicCache(config=inner.config.get_text_config(decoder=True)), "layers", ())
+    return all(type(layer).__name__ in _ROW_LAYERS for layer in layers)
+
+
+class _Thinned:
+    """A stopping criterion that interrupts a batch when a share of its rows has ended."""
+
+    def __init__(self, ends: Collection[int], rows: int) -> None:
+        self._ends, self._rows = sorted(ends), rows
+        self._ended: Tensor | None = None
+
+    def __call__(self, ids: Int[Tensor, "row token"], *_: Any, **__: Any) -> Tensor:
+        ended = torch.isin(ids[:, -1], torch.tensor(self._ends, device=ids.device))
+        self._ended = ended if self._ended is None else self._ended | ended
+        thin = self._rows >= FEWEST and LEAVING * int(self._ended.sum()) >= self._rows
+        return torch.full_like(ended, thin)
+
+
+def decoded(
+    model: Any,
+    ids: Int[Tensor, "row token"],
+    mask: Int[Tensor, "row token"],
+    settings: Any,
+    ends: Collection[int],
+    pad_id: int,
+) -> tuple[list[list[int]], list[bool]]:
+    """New tokens of every row up to its end token, that one included, and whether the row's logits failed.
+
+    Greedy. Rows that have ended leave the batch with their part of the cache, which costs nothing of the
+    others: one long answer does not keep the whole batch at work.
+
+    Args:
+        model: with `generate`, in evaluation mode; its cache holds rows by themselves (`rows_can_leave`).
+        ids: prompts, padded on the left.
+        mask: 0 where there is padding.
+        settings: a generation configuration, for as many tokens as there may be.
+        ends: ids that end an answer.
+        pad_id: what fills rows that ended before others of their batch.
+    """
+    written: list[list[int]] = [[] for _ in ids]
+    failed = [False] * len(ids)
+    rows, left, passed = list(range(len(ids))), int(settings.max_new_tokens), {}
+    settings.return_dict_in_generate = True
+    while True:
+        width, finite = ids.shape[1], Finite(min(ends, default=pad_id))
+        settings.max_new_tokens = left
+        watching = {"logits_processor": [finite], "stopping_criteria": [_Thinned(ends, len(rows))]}
+        output = model.generate(
+            input_ids=ids, attention_mask=mask, generation_config=settings, **joined(passed, watching)
+        )
+        new = output.sequences[:, width:].tolist()
+        going = []
+        for number, (row, lost) in enumerate(zip(rows, finite.failed(len(rows)), strict=True)):
+            end = next((place + 1 for place, token in enumerate(new[number]) if token in ends), None)
+            written[row] += new[number][:end]
+            failed[row] = lost
+            if end is None and not lost:
+                going.append(number)
+        left -= len(new[0])
+        if not left or not going:
+            return written, failed
+        kept = torch.tensor(going, device=ids.device)
+        cache = output.past_key_values
+        cache.batch_select_indices(kept)
+        ids = output.sequences[kept]
+        mask = torch.cat([mask, torch.ones_like(output.sequences[:, width:])], 1)[kept]
+        rows, passed = [rows[number] for number in going], {"past_key_values": cache}
