@@ -6,6 +6,7 @@ included, so that no term of a formula is hidden by a zero or a one; windows are
 and query heads outnumber key heads where a family has that.
 """
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -374,6 +375,16 @@ def build(
         model.set_experts_implementation("batched_mm")  # the grouped product takes no float64
     redraw(model, seed)
     return model
+
+
+def sibling(model: torch.nn.Module, seed: int = 7, size: float = 0.05) -> torch.nn.Module:
+    """The same architecture with every parameter moved a little."""
+    other = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(size * torch.randn(parameter.shape, generator=generator).to(parameter))
+    return other
 
 
 def random_ids(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:

@@ -20,16 +20,6 @@ def lm(model: nn.Module, adapters: list[str] | None = None) -> LanguageModel:
     return LanguageModel(model, None, adapters=adapters)
 
 
-def sibling(model: nn.Module, seed: int = 7, size: float = 0.05) -> nn.Module:
-    """The same architecture with every parameter moved a little."""
-    other = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in other.parameters():
-            parameter.add_(size * torch.randn(parameter.shape, generator=generator).to(parameter))
-    return other
-
-
 def shared_pair(
     kind: str, seed: int = 0, family: str = "llama", **over: object
 ) -> tuple[LanguageModel, LanguageModel]:

@@ -9,15 +9,17 @@ import pytest
 import torch
 
 from conforming import misfits
-from safety_neurons.errors import UsageError
+from families import build, sibling
+from safety_neurons.errors import UnsupportedModelError, UsageError
 from safety_neurons.interventions import deactivated
 from safety_neurons.judges import judge_refusal
-from safety_neurons.model import load_pair
+from safety_neurons.model import LanguageModel, load_pair
 from safety_neurons.neurons import SITES, NeuronSet, Scores
 from safety_neurons.prompt_lists import Prompts
 from safety_neurons.results.measured import ComparisonRecord
 from safety_neurons.studies import comparison
 from safety_neurons.studies.comparison import compare, unit_recall, whole_units
+from tiny import CHAT_TEMPLATE, tiny_tokenizer
 from tiny_pair import HARMFUL, HARMLESS
 
 OPTIONS = {"max_new_tokens": 3, "batch_size": 4}
@@ -114,7 +116,7 @@ def test_a_perfect_method_recalls_the_whole_truth_and_a_blind_one_none_of_it(pai
         for key in ("gate", "up", "down"):
             values[f"layers.0.{key}"][[3, 9]] = sign
             values[f"layers.1.{key}"][40] = sign
-        return types.SimpleNamespace(scores=Scores(values, table))
+        return types.SimpleNamespace(scores=Scores(values, table), notes=())
 
     monkeypatch.setattr(comparison, "find", planted)
     found = compare(
@@ -226,3 +228,40 @@ def test_what_cannot_be_compared_is_refused(pair, prompts):
     ):
         with pytest.raises(UsageError, match=said):
             compare(pair.base, pair.aligned, *prompts, find_prompts=prompts[0], **options)
+
+
+def test_every_method_that_fits_a_pair_of_mixtures_is_compared_and_others_are_left_out_with_a_reason():
+    """All of `down` is routed experts', which are deactivated and never patched."""
+    base, words = build("mixtral"), tiny_tokenizer(CHAT_TEMPLATE)
+    models = [LanguageModel(model, words) for model in (base, sibling(base))]
+    asked = [Prompts.from_list(texts[:2]) for texts in (HARMFUL, HARMLESS)]
+    looked_at = {"find_prompts": asked[0], "find_harmless": asked[1], "find_general": asked[1]}
+    found = compare(*models, *asked, **looked_at, top=0.1, random=1, **OPTIONS)
+    names = [row.method for row in found.methods]
+    left_out = [note.split()[0] for note in found.bench.notes if "was left out" in note]
+    dense = {"importance-contrast", "swap-attribution", "relp", "snip", "wanda", "probe", "refusal-direction"}
+    assert set(left_out) == {"heads", "probe-weights", *dense}
+    assert sorted([*left_out, *names]) == sorted([*comparison.METHODS, "random 0"])
+    for row in found.methods:
+        assert (row.harmful_refused.n, row.causal_effect.why) == (0, comparison.UNPATCHED)
+        assert row.necessity.n > 0
+    assert found.ceiling_effect.why == comparison.UNPATCHED
+    found.record()
+    with pytest.raises(UnsupportedModelError, match="probe"):
+        compare(*models, *asked, **looked_at, methods=["probe"], random=0, **OPTIONS)
+
+
+def test_what_searches_say_is_among_the_notes_also_of_a_run_that_goes_on(pair, prompts, tmp_path):
+    def run():
+        return compare(
+            *(pair.base, pair.aligned, *prompts),
+            find_prompts=prompts[0],
+            methods=["attribution-patching"],
+            random=0,
+            place=lambda name: tmp_path / name,
+            **OPTIONS,
+        ).bench.notes
+
+    said = run()
+    assert any(note.startswith("attribution-patching: ") for note in said)
+    assert run() == said

@@ -8,7 +8,7 @@ which members to keep and which units to add.
 
 import collections
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -153,10 +153,9 @@ class Parameters:
     sizes: Mapping[str, int]
 
     def __post_init__(self) -> None:
-        routed = [key for key in self.sizes if parse_key(key).expert is not None or parse_key(key).shared]
-        if routed:
+        if experts := _experts_among(self.sizes):
             raise UnsupportedModelError(
-                f"{routed[0]}: experts' parameters cannot be swapped; use --move activations, or --sites "
+                f"{experts[0]}: experts' parameters cannot be swapped; use --move activations, or --sites "
                 "q,k,v,o for this model"
             )
         self._swap = SoftSwap(self.base, self.aligned, self.sizes)
@@ -173,6 +172,10 @@ class Parameters:
     ) -> tuple[dict[str, Float[Tensor, "batch entry"]], Float[Tensor, " batch"]]:
         """As the protocol says."""
         return self._swap.slopes(batch, rows, masks)
+
+
+def _experts_among(keys: Iterable[str]) -> list[str]:
+    return [key for key in keys if parse_key(key).expert is not None or parse_key(key).shared]
 
 
 def _values(donor: Any) -> Tensor:
@@ -376,13 +379,14 @@ def _mover(
     move: str, base: LanguageModel, aligned: LanguageModel, sizes: Mapping[str, int], contest: Course
 ) -> tuple[Movable, str]:
     """What the mask moves; for `auto`, activations where all of them together turn at least half of the
-    prompts.
+    prompts, or where experts are among them, whose parameters cannot be swapped.
     """
     if move == "parameters":
         return Parameters(base, aligned, sizes), move
     activations = Activations(base, aligned, sizes)
     everything = {name: torch.ones(len(part)) for name, part in activations.units.items()}
-    if move == "activations" or share_turned(activations, contest, everything) >= 0.5:
+    only = move == "activations" or _experts_among(sizes)
+    if only or share_turned(activations, contest, everything) >= 0.5:
         return activations, "activations"
     return Parameters(base, aligned, sizes), "parameters"
 

@@ -71,6 +71,10 @@ class Method(Searched):
     """Whether it is shown general text too."""
     COMPLETIONS: ClassVar[bool] = False
     """Whether completions can be given to it in place of those it would generate."""
+    ROUTED: ClassVar[bool] = True
+    """Whether neurons of routed experts, which do not see every token, have a score."""
+    SHARED: ClassVar[bool] = True
+    """Whether neurons of shared experts have one."""
     SCORER: ClassVar[str] = ""
     """`module:function` of the formula, imported when it is needed.
 
@@ -88,9 +92,29 @@ class Method(Searched):
         """The sites that are searched."""
         return self.DEFAULT_SITES if self.sites is None else listed(self.sites) or ()
 
-    def unfit(self, keys: Collection[str]) -> str:  # noqa: ARG002
+    def unfit(self, keys: Collection[str]) -> str:
         """Why it cannot score neurons of a model that has these site keys; empty where it can."""
-        return ""
+        without = [".experts."] * (not self.ROUTED) + [".shared_expert."] * (not self.SHARED)
+        expert = next((key for key in self._among(keys) if any(part in key for part in without)), None)
+        return (
+            ""
+            if expert is None
+            else f"{expert} is an expert's, and {self.NAME} scores attention and dense feed-forward "
+            "parts; use --sites q,k,v,o"
+        )
+
+    def _among(self, keys: Collection[str]) -> list[str]:
+        """Those of a model's site keys that are searched."""
+        from safety_neurons.neurons import parse_key, parse_layers
+
+        parsed = {key: parse_key(key) for key in keys}
+        n_layers = 1 + max((one.layer for one in parsed.values()), default=0)
+        layers = parse_layers(self.layers, n_layers) if isinstance(self.layers, str) else self.layers
+        return [
+            key
+            for key, one in parsed.items()
+            if one.site in self.searched and (layers is None or one.layer in layers)
+        ]
 
     def config(self, run: Any) -> dict[str, Any]:
         """What decides the scores, beside models and prompts.
@@ -310,6 +334,7 @@ class ImportanceContrast(TextOptions, Method, Voted):
     """
 
     NAME, PAIR, COMPLETIONS, SCORER = "importance-contrast", True, True, "importance_contrast:score"
+    ROUTED = SHARED = False
     PANEL: ClassVar[str | None] = None
 
     compare: Annotated[str, OneOf("swap", "swap-attribution", "absolute", "relative", "same-input")] = "swap"
@@ -351,6 +376,7 @@ class SwapAttribution(Method, Voted):
     """
 
     NAME, PAIR, SCORER = "swap-attribution", True, "importance_contrast:score_swap_attribution"
+    ROUTED = SHARED = False
     PANEL: ClassVar[str | None] = None
     MIDPOINTS: ClassVar[int] = 8
     """Points of the path at which the gradient is taken."""
@@ -467,6 +493,16 @@ class Relp(Method, ExplainedTexts, Voted):
                 "expected some of v,o,gate,up,down"
             )
 
+    def unfit(self, keys: Collection[str]) -> str:
+        """With routed experts anywhere: relevance passes through every layer."""
+        expert = next((key for key in keys if ".experts." in key), None)
+        return (
+            ""
+            if expert is None
+            else f"relp has rules for dense layers of attention and feed-forward, and {expert} is a routed "
+            "expert's; use attribution"
+        )
+
     def config(self, run: Any) -> dict[str, Any]:
         """The texts as they are used."""
         return super().config(run) | self.texts
@@ -518,6 +554,7 @@ class SetDifference(Method, Ranked):
 
     PANEL: ClassVar[str | None] = None
     HARMLESS = "needed"
+    ROUTED = False
 
     safety: Annotated[float | int, Between(0, 1, above=True, below=True)] = 0.05
     """Share of each matrix's weights that counts as important on harmful requests."""
@@ -575,6 +612,7 @@ class RefusalDirection(Method, Ranked):
     """
 
     NAME, HARMLESS, SCORER = "refusal-direction", "needed", "baselines:score_direction"
+    ROUTED = False
     PANEL: ClassVar[str | None] = None
     DEFAULT_SITES = ("down",)
 
@@ -725,6 +763,7 @@ class SparseProbe(Method, BySign, Ranked):
     """
 
     NAME, HARMLESS, SCORER = "probe", "needed", "probe:score_sparse"
+    ROUTED = False
     PANEL: ClassVar[str | None] = None
     DEFAULT_TOP = 0.005
     DEFAULT_SITES = ("down",)
@@ -754,6 +793,7 @@ class ProbeWeights(Method, Ranked):
     """
 
     NAME, HARMLESS, SCORER = "probe-weights", "needed", "probe:score_weights"
+    ROUTED = False
     DEFAULT_SITES = ("gate", "up")
     PENALTY: ClassVar[float] = 1.0
     """Weight of the squared norm: half of it is added to the summed loss, as C = 1 does in common

@@ -9,7 +9,7 @@ and settings. A judge is shown answers alone.
 import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypedDict, cast
 
 from safety_neurons.capability import divergence
@@ -371,6 +371,10 @@ class Bench:
         """What had to be said (prompts longer than the context, batches that did not fit), each once."""
         return self.answers.notes
 
+    def say(self, notes: Iterable[str]) -> None:
+        """Add to the notes what was not said yet."""
+        self.answers.notes += [note for note in dict.fromkeys(notes) if note not in self.answers.notes]
+
     def tell(self, name: str) -> None:
         """Say what is measured now."""
         if self.progress is not None:
@@ -416,6 +420,23 @@ class Bench:
             lengths=length_curve(answers.completions, arm.model, self.harm, groups, self.longest)
             if self.length_curve
             else (),
+        )
+
+    def unmeasured(self, name: str) -> ArmOutcome:
+        """An arm that cannot be run: every prompt is unscored."""
+        harmful, harmless = ((None,) * len(prompts) for prompts in (self.harmful, self.harmless))
+        nothing, other = rate(harmful), rate(harmless)
+        return ArmOutcome(
+            name,
+            nothing,
+            other,
+            None,
+            None,
+            harmful,
+            harmless,
+            harmful_complied=nothing,
+            complied=harmful,
+            harm_judge=self.harm.name,
         )
 
     def answered(self, arm: Arm, seed: int | None = None) -> "BothVerdicts":

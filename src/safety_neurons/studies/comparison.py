@@ -24,14 +24,14 @@ import pathlib
 import statistics
 import time
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, Unpack, cast
+from typing import Any, TypedDict, Unpack, cast
 
 import numpy as np
 
 from safety_neurons.detectors import find
 from safety_neurons.detectors.methods import METHODS, Method, by_name, with_options
 from safety_neurons.display import Displayed
-from safety_neurons.errors import UsageError
+from safety_neurons.errors import UnsupportedModelError, UsageError
 from safety_neurons.interventions import deactivated, patched
 from safety_neurons.model import LanguageModel, load_pair
 from safety_neurons.model.batches import BatchSize
@@ -62,7 +62,7 @@ from safety_neurons.results.measured import (
 from safety_neurons.results.records import Recorded, called
 from safety_neurons.results.run import Cache, elapsed
 from safety_neurons.studies.bench import Arm, ArmOutcome, Bench, How, Progress, Verdicts, content_of
-from safety_neurons.studies.verification import AUTO, Ceiling, SubjectModels
+from safety_neurons.studies.verification import AUTO, CEILING, Ceiling, SubjectModels, by_parameters
 
 RANDOM = "random"
 """What names of random sets begin with."""
@@ -79,6 +79,7 @@ LONGEST_READ = 128
 """Tokens of the answers that methods write and read, however long those are that are judged."""
 HIGH, WHOLE = 0.95, 0.9
 """What is asked of a method: recall of planted units, and causal effect."""
+UNPATCHED = "neurons of routed experts cannot be patched, since both models may send a token to others"
 Place = Callable[[str], pathlib.Path]
 """Where a file of that name is kept."""
 
@@ -218,8 +219,7 @@ def compare(
         raise UsageError("the truth is an empty set; expected at least one neuron")
     sites = tuple(sites) if sites else SITES if truth is not None else ("down",)
     sites = tuple(site for site in sites if any(parse_key(key).site == site for key in base.table.keys))
-    if named_ones is None:
-        methods = [name for name in methods if not with_options(name, sites=sites).unfit(base.table.keys)]
+    methods, left_out = fitting(methods, sites, base.table, named=named_ones is not None)
     everything = NeuronSet.all(base.table).only(sites=sites)
     n_units = everything.n_units
     budget = truth.n_units if truth is not None else max(1, round(top * n_units))
@@ -238,6 +238,7 @@ def compare(
         ),
         truth,
     )
+    bench.say(left_out)
     searches, rows = Searches((base, aligned), place), []
     for name in methods:
         bench.tell(f"find {name}")
@@ -247,14 +248,15 @@ def compare(
         shown = {kind: text for kind, text in texts.items() if kind in method.shown()}
         units = getattr(method, "units", None)  # A set of another size is another search.
         kept_as = name if units is None else f"{name}-{units}"
-        scores, seconds = searches.scores(kept_as, method, find_prompts, bench.batch_size, **shown)
-        rows.append(make.row(name, whole_units(scores.top_units(budget), sites), seconds))
+        scores, cost = searches.scores(kept_as, method, find_prompts, bench.batch_size, **shown)
+        bench.say(f"{name}: {note}" for note in cost["notes"])
+        rows.append(make.row(name, whole_units(scores.top_units(budget), sites), cost["seconds"]))
     rows += [
         make.row(f"random {number}", *drawn)
         for number, drawn in enumerate(_controls(rows, truth, sites, bench.random, bench.seed))
     ]
     rows = make.compared(rows)
-    limits = make.subject.ceiling(everything, [row.causal_effect for row in rows])
+    limits = make.ceiling(everything, rows)
     bench.finish()
     return Comparison(
         budget=budget,
@@ -292,6 +294,28 @@ def check_methods(methods: Sequence[str] | None, texts: Collection[str]) -> list
     return list(methods)
 
 
+def fitting(
+    methods: Sequence[str], sites: Sequence[str], table: SiteTable, *, named: bool
+) -> tuple[list[str], list[str]]:
+    """The methods that can score a model, and why others are left out.
+
+    Args:
+        methods: names.
+        sites: where they search.
+        table: of the model.
+        named: whether they were asked for by name, so that none is left out.
+
+    Raises:
+        UnsupportedModelError: one that was asked for cannot.
+    """
+    unfit = {name: with_options(name, sites=sites).unfit(table.keys) for name in methods}
+    reasons = {name: reason for name, reason in unfit.items() if reason}
+    if named and reasons:
+        raise UnsupportedModelError(next(iter(reasons.values())))
+    said = [f"{name} was left out: {reason}" for name, reason in reasons.items()]
+    return [name for name in methods if name not in reasons], said
+
+
 class _Rows:
     """Makes the row of a set: everything that is measured of it."""
 
@@ -307,7 +331,12 @@ class _Rows:
 
     def row(self, name: str, neurons: NeuronSet, seconds: float, like: str = "") -> MethodResult:
         """Patch the set, deactivate it, hold it against the truth."""
-        outcome = self.subject.measure(name, neurons)
+        routed = routed_keys(neurons)
+        outcome = self.bench.unmeasured(name) if routed else self.subject.measure(name, neurons)
+        effect = self.subject.effect(outcome)
+        if routed:
+            effect = dataclasses.replace(effect, why=UNPATCHED)
+            self.bench.say([f"sets with neurons of routed experts are deactivated alone: {UNPATCHED}"])
         off = self.bench.answered(
             Arm(f"{name} deactivated", self.donor, functools.partial(deactivated, self.donor, neurons))
         )
@@ -317,7 +346,7 @@ class _Rows:
             n_neurons=len(neurons),
             n_units=neurons.n_units,
             recall=unit_recall(neurons, self.truth) if self.truth is not None else None,
-            causal_effect=self.subject.effect(outcome),
+            causal_effect=effect,
             harmful_refused=outcome.harmful_refused,
             harmful_complied=outcome.harmful_complied,
             harmless_refused=outcome.harmless_refused,
@@ -329,6 +358,17 @@ class _Rows:
             neurons=neurons,
             control=cast(ControlRecord, {"like": like, **neurons.control_record()}) if like else None,
         )
+
+    def ceiling(self, everything: NeuronSet, rows: Sequence[MethodResult]) -> Ceiling:
+        """All neurons of the sites patched, but for those of routed experts."""
+        parts, routed = [row.causal_effect for row in rows], routed_keys(everything)
+        dense = {key: indices for key, indices in everything.items() if key not in routed}
+        if dense:
+            return self.subject.ceiling(NeuronSet(dense, everything.table), parts)
+        outcome = self.bench.unmeasured(CEILING)
+        effect = dataclasses.replace(self.subject.effect(outcome), why=UNPATCHED)
+        exchanged = by_parameters(self.bench, self.subject.model, self.donor, everything, self.subject.effect)
+        return Ceiling(outcome, effect, *exchanged)
 
     def compared(self, rows: Sequence[MethodResult]) -> list[MethodResult]:
         """The rows, each method's beside the random sets; of more than ten, the family-wise rate is held."""
@@ -357,6 +397,11 @@ class _Rows:
         ]
 
 
+def routed_keys(neurons: NeuronSet) -> list[str]:
+    """Keys of routed experts, which are computed only where the router chose their expert."""
+    return [key for key in neurons.keys() if parse_key(key).expert is not None]  # noqa: SIM118 - not a mapping
+
+
 def _lost(refused: Verdicts) -> list[bool | None]:
     return [None if verdict is None else not verdict for verdict in refused]
 
@@ -369,6 +414,15 @@ class SearchKey:
     models: Any
     prompts: str
     shown: Any
+    notes: bool = True
+    """That what a search said is kept beside its seconds."""
+
+
+class SearchCost(TypedDict):
+    """What a search took, and what it had to say."""
+
+    seconds: float
+    notes: list[str]
 
 
 class Searches:
@@ -382,16 +436,16 @@ class Searches:
 
     def scores(
         self, name: str, method: Method, prompts: Prompts, batch_size: BatchSize, **shown: Prompts
-    ) -> tuple[Scores, float]:
-        """What an earlier, killed run found by this very search, or what it finds now, and the seconds it
-        took.
+    ) -> tuple[Scores, SearchCost]:
+        """What an earlier, killed run found by this very search, or what it finds now, and what that took and
+        said.
         """
         models = self.models if method.PAIR else self.models[-1:]
 
-        def search(**kept: Checkpoint) -> tuple[Scores, float]:
+        def search(**kept: Checkpoint) -> tuple[Scores, SearchCost]:
             started = time.monotonic()
-            scores = find(method, models, prompts, batch_size=batch_size, **shown, **kept).scores
-            return scores, elapsed(started)
+            found = find(method, models, prompts, batch_size=batch_size, **shown, **kept)
+            return found.scores, {"seconds": elapsed(started), "notes": list(found.notes)}
 
         if self.place is None:
             return search()
@@ -400,15 +454,15 @@ class Searches:
             Checkpoint(self.place(f"checkpoints/{name}.safetensors")),
         )
 
-        def write() -> float:
-            scores, seconds = search(checkpoint=checkpoint)
+        def write() -> SearchCost:
+            scores, cost = search(checkpoint=checkpoint)
             scores.save(file)
-            return seconds
+            return cost
 
         key = SearchKey([method.NAME, content_of(method)], self.content, prompts.sha256, content_of(shown))
-        seconds = self.cache.cached(key, write, [file])
+        cost = self.cache.cached(key, write, [file])
         checkpoint.delete()
-        return Scores.load(file, table=models[-1].table), seconds
+        return Scores.load(file, table=models[-1].table), cost
 
 
 def _controls(
