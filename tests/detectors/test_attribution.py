@@ -7,11 +7,13 @@ from exact64 import Exact64
 from safety_neurons.detectors import attribution as module
 from safety_neurons.detectors import find_attribution, find_attribution_patching
 from safety_neurons.detectors.attribution import (
+    PathMean,
     ScoredRow,
     explained,
     mask_gradients,
     midpoints_of,
     own_completions,
+    pairs_of,
     patching_gradients,
     score_rows,
     tokens_behind,
@@ -122,7 +124,7 @@ def test_patching_gradients_equal_finite_differences_in_one_neurons_mask(mask):
         rows = [row for unit in units for row in unit]
         batch = collate([row.ids for row in rows], range(len(rows)))
         donors = donors_of(aligned, batch, sizes)
-        exact = patching_gradients(base, aligned, sizes, [mask])(batch, rows)
+        exact = patching_gradients(base, aligned, sizes, PathMean([mask]).mean)(batch, rows)
 
         def patched(key, k, share):
             def edit(values, key=key):
@@ -269,3 +271,42 @@ def test_bad_arguments_and_nan_are_errors_in_one_line():
         lm.model.model.layers[1].mlp.up_proj.weight[3] = float("nan")
     with pytest.raises(NumericalError, match=r"layers\.\d\.\w+ gave NaN"):
         find_attribution(lm, PROMPTS[:1])
+
+
+@pytest.mark.parametrize("number", range(1, 10))
+def test_a_path_is_taken_in_pairs_around_its_middle_every_point_once(number):
+    pairs = pairs_of(number)
+    assert sorted(one for pair in pairs for one in pair) == list(range(number))
+    assert all(pair[0] + pair[-1] == number - 1 for pair in pairs)
+
+
+def test_points_that_change_nothing_of_the_set_are_left_out_and_others_are_not():
+    """Against all points, on a smooth function and on one with a peak in its middle."""
+    draw = torch.Generator().manual_seed(0)
+    one, two, three = (torch.randn(1, 500, generator=draw, dtype=torch.float64) for _ in range(3))
+    points = midpoints_of(8)
+
+    def smooth(point):
+        return {"a": one + point * two + point**2 * three}
+
+    def peaked(point):
+        return {"a": one + 50.0 * two * (abs(point - 0.5) < 0.1)}
+
+    for function, fewest in ((smooth, 4), (peaked, 6)):
+        whole = PathMean(points).mean(function)["a"]
+        early = PathMean(points, settle=0.05, n_top=50)
+        best, found = (set(one[0].topk(50).indices.tolist()) for one in (whole, early.mean(function)["a"]))
+        assert len(best - found) <= 0.05 * 50
+        assert early.taken == [fewest]
+        assert bool(early.said()) is (fewest < 8)
+
+
+def test_a_search_that_leaves_points_out_finds_the_set_of_all_points_and_says_so():
+    base, aligned = separate(torch.float32)
+    options = {"batch_size": 4, "top": 0.1}
+    whole = find_attribution_patching(base, aligned, PROMPTS, **options)
+    early = find_attribution_patching(base, aligned, PROMPTS, settle=0.3, **options)
+    assert any("points of the path were taken" in note for note in early.notes)
+    assert not any("points of the path" in note for note in whole.notes)
+    assert len(whole.neurons & early.neurons) >= 0.7 * len(whole.neurons)
+    assert early.neurons.provenance.config["settle"] == 0.3

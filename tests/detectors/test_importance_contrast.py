@@ -9,7 +9,7 @@ from twins import PROMPTS, adapted, model, separate, untouched
 
 from exact64 import Exact64
 from safety_neurons.detectors import find_importance_contrast, find_weight_change
-from safety_neurons.detectors.attribution import ScoredRow, midpoints_of, score_rows
+from safety_neurons.detectors.attribution import PathMean, ScoredRow, midpoints_of, score_rows
 from safety_neurons.detectors.importance_contrast import SoftSwap, SwapComparison, parting
 from safety_neurons.detectors.methods import ImportanceContrast
 from safety_neurons.detectors.runner import Run, Stream
@@ -331,7 +331,7 @@ def test_neurons_of_a_unit_share_its_score_and_all_scores_together_are_the_whole
     with Exact64():
         rows = rows_of(base)
         swap = SoftSwap(base, aligned, base.table.sizes)
-        found = swap.gradients(batch_of(base, rows), rows, midpoints_of(40))
+        found = swap.gradients(batch_of(base, rows), rows, PathMean(midpoints_of(40)).mean)
         assert torch.equal(found["layers.0.gate"], found["layers.0.down"])
         assert torch.equal(
             found["layers.0.o"].unflatten(1, (2, 2, -1))[:, :, 1].flatten(1), found["layers.0.v"]
@@ -419,7 +419,9 @@ def test_a_unit_that_moves_its_sub_layer_but_not_the_answer_is_left_out():
         for row in base.encode(PROMPTS[:3])
         for token, sign in ((20, 1.0), (21, -1.0))
     ]
-    found = SoftSwap(base, aligned, base.table.sizes).gradients(batch_of(base, rows), rows, midpoints_of(8))
+    found = SoftSwap(base, aligned, base.table.sizes).gradients(
+        batch_of(base, rows), rows, PathMean(midpoints_of(8)).mean
+    )
     effect = found["layers.1.down"].sum(0).abs()
     moved = find_importance_contrast(base, aligned, PROMPTS[:3], sites=("down",), layers="1:2").scores[
         "layers.1.down"

@@ -28,7 +28,7 @@ from safety_neurons.cli.session import (
 )
 from safety_neurons.cli.verb import verb
 from safety_neurons.declarations import Count, Declaration, NotNegative, Panel, Positive, Reads, Share
-from safety_neurons.detectors.methods import by_name
+from safety_neurons.detectors.methods import EarlyStop, by_name
 from safety_neurons.detectors.rules import AtSites
 from safety_neurons.errors import InputError, UsageError
 
@@ -262,7 +262,7 @@ class KnownTruth(Declaration):
 
 
 @dataclasses.dataclass(frozen=True)
-class MethodBudget(JudgedBy):
+class MethodBudget(JudgedBy, EarlyStop):
     """Which methods, at which budget."""
 
     top: str = "0.05"
@@ -327,6 +327,7 @@ def compare(
                 sites=listed(at.sites),
                 top=shares[0],
                 methods=listed(budget.methods),
+                settle=budget.settle,
                 random=budget.random,
                 max_new_tokens=budget.max_new_tokens,
                 completions_file=completions,
@@ -354,6 +355,7 @@ def ranked(session: Session, organisms: list[str], lists: Lists, budget: MethodB
                 tops=parse_sizes(budget.top, "--top"),
                 methods=listed(budget.methods),
                 random=budget.random,
+                settle=budget.settle,
                 find=budget.find,
                 measured=lists.limit or 200,
                 max_new_tokens=budget.max_new_tokens,

@@ -9,7 +9,7 @@ is the first-order effect of that neuron.
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -26,12 +26,15 @@ from safety_neurons.errors import InputError, NumericalError
 from safety_neurons.model import LanguageModel, hooks
 from safety_neurons.model.batches import Batch, collate, forward
 from safety_neurons.model.sites import ExpertRows
+from safety_neurons.neurons.scores import number_of
 
 SCORED_TOKENS = 16
 """Tokens of a refusal or compliance text that are scored."""
 TOKEN_BUDGET = 1024
 """Padded tokens of an "auto" batch whose activations are kept for the backward pass."""
 
+Mean = Callable[[Callable[[float], Mapping[str, Tensor]]], dict[str, Tensor]]
+"""Averages along a path what a function of its point gives, per site key."""
 Editing = Callable[[Mapping[str, hooks.Editor]], AbstractContextManager[Any]]
 """Puts editors of activations on for a block."""
 
@@ -230,6 +233,81 @@ def mean_of(gradients: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {key: torch.stack([step[key] for step in gradients]).mean(0) for key in gradients[0]}
 
 
+GAUSS = (1 - 3**-0.5) / 2
+"""Where the first of the two points lies that integrate a cubic from 0 to 1 exactly."""
+
+
+def pairs_of(number: int) -> list[list[int]]:
+    """The points of a path in the order in which they are taken: pairs on both sides of the middle, the one
+    nearest to the two points of Gauss first, then always the one farthest from those taken.
+    """
+    left = list(range((number + 1) // 2))
+    taken = [left.pop(min(range(len(left)), key=lambda place: abs((left[place] + 0.5) / number - GAUSS)))]
+    while left:
+        taken.append(
+            left.pop(max(range(len(left)), key=lambda at: min(abs(left[at] - one) for one in taken)))
+        )
+    return [sorted({one, number - 1 - one}) for one in taken]
+
+
+@dataclass
+class PathMean:
+    """The mean along a path of what a batch gives at its points, which ends early where that is allowed.
+
+    Points are added in pairs. With `settle` above 0, the rest are left out once a pair has changed no more
+    than that share of the set which the batch alone would choose: what only the rest would show is not seen.
+    0 takes all points.
+
+    Attributes:
+        points: values of the mask.
+        settle: share of the set.
+        n_top: neurons of the set.
+        taken: how many points every batch took.
+    """
+
+    points: Sequence[float]
+    settle: float = 0.0
+    n_top: int = 0
+    taken: list[int] = field(default_factory=list)
+
+    @staticmethod
+    def of(run: Run, points: Sequence[float]) -> "PathMean":
+        """By the options of a run; where prompts vote, each by a set of its own, no point is left out."""
+        n_neurons, chosen = sum(run.sizes.values()), run.selection
+        n_top = number_of(chosen.top, n_neurons) if chosen.top is not None else int(chosen.count or 0)
+        settle = 0.0 if run.votes else float(getattr(run.method, "settle", 0.0))
+        return PathMean(points, settle if n_top else 0.0, n_top, run.stream.state.setdefault("points", []))
+
+    def mean(self, at: Callable[[float], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Mean of what `at` gives at the points, per site key."""
+        if not self.settle:
+            return mean_of([at(point) for point in self.points])
+        seen: list[Mapping[str, Tensor]] = []
+        before: set[int] | None = None
+        for pair in pairs_of(len(self.points)):
+            seen += [at(self.points[number]) for number in pair]
+            now = self._top(mean_of(seen))
+            if before is not None and len(now - before) <= self.settle * self.n_top:
+                break
+            before = now
+        self.taken.append(len(seen))
+        return mean_of(seen)
+
+    def _top(self, slopes: Mapping[str, Tensor]) -> set[int]:
+        whole = torch.cat([values.sum(0).double().cpu() for values in slopes.values()])
+        return set(whole.topk(min(self.n_top, len(whole))).indices.tolist())
+
+    def said(self) -> list[str]:
+        """That points were left out, and by which rule."""
+        if not self.taken or sum(self.taken) == len(self.taken) * len(self.points):
+            return []
+        return [
+            f"{sum(self.taken) / len(self.taken):.1f} of {len(self.points)} points of the path were taken "
+            f"(mean over {len(self.taken)} batches): the last pair changed at most {self.settle:.2g} of a "
+            f"batch's {self.n_top:,} neurons (settle)"
+        ]
+
+
 @contextlib.contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """No parameter requires gradients for a block; each is as it was afterwards."""
@@ -290,8 +368,11 @@ def tokens_behind(model: LanguageModel, prompt: Sequence[int], text: str) -> lis
 def score_patching(method: AttributionPatching, run: Run) -> Scored:
     """What patching each neuron would do to the score, to first order."""
     units, counts = own_completions(run)
-    gradients = patching_gradients(run.base, run.aligned, run.sizes, steps(method.at, method.midpoints))
-    values, folded = attribute(run, run.base, units, gradients)
+    path = PathMean.of(run, steps(method.at, method.midpoints))
+    values, folded = attribute(
+        run, run.base, units, patching_gradients(run.base, run.aligned, run.sizes, path.mean)
+    )
+    run.notes += path.said()
     return Scored(values, counts.without(len(folded.failed)), folded.votes)
 
 
@@ -301,15 +382,16 @@ def steps(at: str, number: int) -> list[float]:
 
 
 def patching_gradients(
-    base: LanguageModel, aligned: LanguageModel, sizes: Mapping[str, int], masks: Sequence[float]
+    base: LanguageModel,
+    aligned: LanguageModel,
+    sizes: Mapping[str, int],
+    mean: Mean,
 ) -> Callable[[Batch, Sequence[ScoredRow]], dict[str, Tensor]]:
-    """The function that gives each row's gradients, averaged over the mask values."""
+    """The function that gives each row's gradients, averaged by `mean` over values of the mask."""
 
     def gradients(batch: Batch, rows: Sequence[ScoredRow]) -> dict[str, Tensor]:
         donors = donated(aligned, batch, sizes)
-        return mean_of(
-            [mask_gradients(base, batch, rows, sizes, mask=mask, donors=donors)[0] for mask in masks]
-        )
+        return mean(lambda mask: mask_gradients(base, batch, rows, sizes, mask=mask, donors=donors)[0])
 
     return gradients
 

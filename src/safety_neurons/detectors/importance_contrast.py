@@ -13,10 +13,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from safety_neurons.detectors.attribution import (
+    Mean,
+    PathMean,
     ScoredRow,
     attribute,
     frozen,
-    mean_of,
     midpoints_of,
     own_completions,
     score_rows,
@@ -466,12 +467,14 @@ def score_swap_attribution(_: SwapAttribution | ImportanceContrast, run: Run) ->
     along the path.
     """
     units, counts = own_completions(run)
-    swap, steps = SoftSwap(run.base, run.aligned, run.sizes), midpoints_of(SwapAttribution.MIDPOINTS)
+    swap, points = SoftSwap(run.base, run.aligned, run.sizes), midpoints_of(SwapAttribution.MIDPOINTS)
+    path = PathMean.of(run, points)
 
     def gradients(batch: Batch, rows: Sequence[ScoredRow]) -> dict[str, Tensor]:
-        return swap.gradients(batch, rows, steps)
+        return swap.gradients(batch, rows, path.mean)
 
-    values, folded = attribute(run, run.aligned, [parting(rows) for rows in units], gradients)
+    values, folded = attribute(run, run.aligned, [[contested(rows)] for rows in units], gradients)
+    run.notes += path.said()
     return Scored(values, counts.without(len(folded.failed)), folded.votes)
 
 
@@ -510,13 +513,13 @@ class SoftSwap:
     _busy: bool = False
 
     def gradients(
-        self, batch: Batch, rows: Sequence[ScoredRow], steps: Sequence[float]
+        self, batch: Batch, rows: Sequence[ScoredRow], mean: Mean
     ) -> dict[str, Float[Tensor, "batch neuron"]]:
-        """Derivative of each row's score with respect to that row's mask, mean over the steps.
+        """Derivative of each row's score with respect to that row's mask, averaged by `mean` along the path.
 
         A unit's neurons share it.
         """
-        return mean_of([self.at(batch, rows, step)[0] for step in steps])
+        return mean(lambda step: self.at(batch, rows, step)[0])
 
     def at(
         self, batch: Batch, rows: Sequence[ScoredRow], step: float
@@ -658,7 +661,7 @@ class SoftSwap:
 
 def contested(rows: Sequence[ScoredRow]) -> ScoredRow:
     """The same as one row, since both tokens are told by the same position: log p(refusal's token) − log
-    p(compliance's).
+    p(compliance's). It halves the work.
     """
     refusal, compliance = parting(rows)
     return replace(refusal, weight=1.0, rival=compliance.ids[-1])

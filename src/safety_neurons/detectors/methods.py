@@ -359,9 +359,21 @@ class ImportanceContrast(TextOptions, Method, Voted):
         return {"compare": self.compare} | text | self.searched_config()
 
 
+@dataclasses.dataclass(frozen=True)
+class EarlyStop(Declaration):
+    """When the points of a path are enough."""
+
+    settle: Annotated[float | int, Between(0, 1, below=True)] = 0
+    """Leave out points of the path once they change no more than this share of a batch's set; 0: none."""
+
+    def settling(self) -> dict[str, Any]:
+        """As it stands in the provenance, where points may be left out."""
+        return {"settle": self.settle} if self.settle else {}
+
+
 @register
 @dataclasses.dataclass(frozen=True)
-class SwapAttribution(Method, Voted):
+class SwapAttribution(Method, EarlyStop, Voted):
     """First-order effect on the refusal of swapping each unit's parameters from base to aligned.
 
     Gradient of the refusal's log-odds with respect to a soft swap of every unit's parameters, averaged along
@@ -381,9 +393,9 @@ class SwapAttribution(Method, Voted):
     MIDPOINTS: ClassVar[int] = 8
     """Points of the path at which the gradient is taken."""
 
-    def config(self, run: Any) -> dict[str, Any]:
+    def config(self, run: Any) -> dict[str, Any]:  # noqa: ARG002
         """With the number of points of the path."""
-        return {"midpoints": self.MIDPOINTS} | super().config(run)
+        return {"midpoints": self.MIDPOINTS} | self.searched_config() | self.settling()
 
 
 @register
@@ -510,7 +522,7 @@ class Relp(Method, ExplainedTexts, Voted):
 
 @register
 @dataclasses.dataclass(frozen=True)
-class AttributionPatching(Method, Voted):
+class AttributionPatching(Method, EarlyStop, Voted):
     """First-order estimate of what patching each neuron from the aligned model would do.
 
     Gradient of the explained score with respect to a soft mask m in `base + m·(aligned − base)`, mean over
@@ -536,10 +548,14 @@ class AttributionPatching(Method, Voted):
 
     def config(self, run: Any) -> dict[str, Any]:  # noqa: ARG002
         """No midpoints where there is no path."""
-        return {
-            "at": self.at,
-            "midpoints": self.midpoints if self.at == "path" else 0,
-        } | self.searched_config()
+        return (
+            {
+                "at": self.at,
+                "midpoints": self.midpoints if self.at == "path" else 0,
+            }
+            | self.searched_config()
+            | self.settling()
+        )
 
 
 @dataclasses.dataclass(frozen=True)

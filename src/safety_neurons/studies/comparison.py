@@ -29,7 +29,7 @@ from typing import Any, TypedDict, Unpack, cast
 import numpy as np
 
 from safety_neurons.detectors import find
-from safety_neurons.detectors.methods import METHODS, Method, by_name, with_options
+from safety_neurons.detectors.methods import METHODS, EarlyStop, Method, by_name, with_options
 from safety_neurons.display import Displayed
 from safety_neurons.errors import UnsupportedModelError, UsageError
 from safety_neurons.interventions import deactivated, patched
@@ -166,6 +166,8 @@ class Comparing(How, total=False):
     """Budget as a share of the units, without a truth (default 0.05)."""
     methods: Sequence[str] | None
     """Names from `METHODS`; None for all that can be run."""
+    settle: float
+    """For methods that average along a path: `methods.EarlyStop` (default 0, all points)."""
 
 
 def compare(
@@ -207,6 +209,7 @@ def compare(
         if text is not None
     }
     top, sites, named_ones = how.pop("top", 0.05), how.pop("sites", None), how.pop("methods", None)
+    settle = how.pop("settle", 0.0)
     methods = check_methods(named_ones, texts)
     if not methods and truth is None:
         raise UsageError(
@@ -242,12 +245,9 @@ def compare(
     searches, rows = Searches((base, aligned), place), []
     for name in methods:
         bench.tell(f"find {name}")
-        method = with_options(
-            name, sites=sites, max_new_tokens=min(bench.longest, LONGEST_READ), units=budget
-        )
+        method = searching(name, sites, bench.longest, (budget, n_units), settle)
         shown = {kind: text for kind, text in texts.items() if kind in method.shown()}
-        units = getattr(method, "units", None)  # A set of another size is another search.
-        kept_as = name if units is None else f"{name}-{units}"
+        kept_as = f"{name}-{budget}" if hasattr(method, "units") else name  # Another size, another search.
         scores, cost = searches.scores(kept_as, method, find_prompts, bench.batch_size, **shown)
         bench.say(f"{name}: {note}" for note in cost["notes"])
         rows.append(make.row(name, whole_units(scores.top_units(budget), sites), cost["seconds"]))
@@ -292,6 +292,20 @@ def check_methods(methods: Sequence[str] | None, texts: Collection[str]) -> list
         if lacking:
             raise UsageError(f"{name} reads {lacking[0]} prompts too; give some, or leave it out")
     return list(methods)
+
+
+def searching(
+    name: str, sites: Sequence[str], longest: int, budget: tuple[int, int], settle: float
+) -> Method:
+    """A method as it searches sets of a budget: units, of all the units there are.
+
+    Where a path may end early, it ends by the set that the budget takes.
+    """
+    early = {"settle": settle, "top": budget[0] / budget[1]} if issubclass(by_name(name), EarlyStop) else {}
+    length = min(longest, LONGEST_READ)
+    return with_options(
+        name, sites=sites, max_new_tokens=length, units=budget[0], **(early if settle else {})
+    )
 
 
 def fitting(

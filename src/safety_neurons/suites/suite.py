@@ -7,6 +7,7 @@ import ast
 import contextlib
 import csv
 import dataclasses
+import difflib
 import gzip
 import hashlib
 import io
@@ -36,6 +37,7 @@ from safety_neurons.suites.catalogue import (
     from_hub,
     hub_address,
     is_name,
+    names,
     source_of,
     wanted,
 )
@@ -473,7 +475,8 @@ def suite(
     Args:
         source: A name of the catalogue (`advbench`, `harmbench-contextual`, `multijail/de`, …); a file;
             `hub:ORG/NAME[@REVISION]:FILE`; `builtin:NAME`; or `NAME=FILE` for a file in a named suite's
-            format. A file that exists wins over a name.
+            format, and for a file of one's own under a name of one's own. A file that exists wins over a
+            name.
         folder: Where the suites' files lie, at any depth; by default the folder that SAFETY_NEURONS_DATA
             names.
         offline: Never open a socket.
@@ -581,12 +584,27 @@ def _located(
         return named, {language if not named.entry.wide else "": _file(rest, offline)}
     if text.startswith(BUILTIN):
         return None, {}
+    if own := _own_name(text):
+        near = difflib.get_close_matches(own, names(), n=1, cutoff=0.8)
+        if near:
+            raise InputError(
+                f"{own}: no suite of this name; did you mean {near[0]}={rest}? Your own file takes a name "
+                "that is less like it"
+            )
+        return None, {"": _file(rest, offline)}
     if text.startswith(HUB) or Path(text).expanduser().exists() or isinstance(source, Path):
         return None, {"": _file(text, offline)}
     entry = wanted(text) if not _looks_like_a_file(text) else None
     if entry is None:
         return None, {"": source_of(Path(text).expanduser())}
     return entry, _files(entry, folder, offline)
+
+
+def _own_name(text: str) -> str:
+    """The name that `NAME=FILE` gives to a file of one's own; empty where a text is something else."""
+    name, _, rest = text.partition("=")
+    plain = rest and not any(sign in name for sign in ":/~.\\") and not Path(text).exists()
+    return name.strip() if plain and not is_name(name) else ""
 
 
 def _looks_like_a_file(text: str) -> bool:
@@ -642,7 +660,7 @@ def _own(source: str | Path, sources: Mapping[str, Source], kind: str | None, co
     file = sources[""]
     parquet = file.path.suffix.lower() == ".parquet"
     read_prompts = prompts(table_rows(file, []) if parquet else file.path, column=column)
-    name = file.origin if text.startswith(HUB) else file.path.name
+    name = _own_name(text) or (file.origin if text.startswith(HUB) else file.path.name)
     return _stamped(read_prompts, name, kind or "harmful", file)
 
 
