@@ -257,11 +257,12 @@ def test_what_searches_say_is_among_the_notes_also_of_a_run_that_goes_on(pair, p
             *(pair.base, pair.aligned, *prompts),
             find_prompts=prompts[0],
             methods=["attribution-patching"],
+            settle=0.9,
             random=0,
             place=lambda name: tmp_path / name,
             **OPTIONS,
         ).bench.notes
 
     said = run()
-    assert any(note.startswith("attribution-patching: ") for note in said)
+    assert any(note.startswith("attribution-patching: 4.0 of 8 points of the path") for note in said)
     assert run() == said
