@@ -253,13 +253,9 @@ def logistic(
     """Weights and intercept that minimise ‖w‖₁ + C · Σ balance · log loss, and whether the solver came to an
     end.
     """
-    import sklearn
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
-    # The same penalty by the name that this version knows it by; the other one's is ignored or gone.
-    version = tuple(int(part) for part in sklearn.__version__.split(".")[:2])
-    penalty: dict[str, Any] = {"l1_ratio": 1.0} if version >= (1, 8) else {"penalty": "l1"}
     model: Any = LogisticRegression(
         C=strength,
         solver="liblinear",
@@ -267,13 +263,23 @@ def logistic(
         max_iter=1000,
         random_state=0,
         intercept_scaling=INTERCEPT,
-        **penalty,
+        **l1_penalty(),
     )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model.fit(scaled, labelled.labels, sample_weight=labelled.balance)
     loose = any(issubclass(one.category, ConvergenceWarning) for one in caught)
     return model.coef_[0].astype(np.float64), float(model.intercept_[0]), not loose
+
+
+def l1_penalty() -> dict[str, Any]:
+    """scikit-learn's L1 penalty, by the name that the installed version knows it by; the other is ignored
+    or gone.
+    """
+    import sklearn
+
+    version = tuple(int(part) for part in sklearn.__version__.split(".")[:2])
+    return {"l1_ratio": 1.0} if version >= (1, 8) else {"penalty": "l1"}
 
 
 def held_out(

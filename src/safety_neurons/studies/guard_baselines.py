@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float32, Float64, Int
 
+from safety_neurons.detectors.probe import l1_penalty
 from safety_neurons.errors import UsageError
 from safety_neurons.guard import Calibration, Pooling, fit_on_features, read_poolings, stratified_split
 from safety_neurons.guard.calibration import fit_calibration
@@ -131,7 +132,11 @@ class SparseLayers:
             mean, scale = wide[train].mean(0), wide[train].std(0)
             wide = (wide - mean) / np.where(scale > 1e-6 * np.abs(wide[train]).max(0), scale, np.inf)
             probe: Any = LogisticRegression(
-                penalty="l1", solver="liblinear", C=SPARSE_PENALTY, class_weight="balanced", random_state=seed
+                solver="liblinear",
+                C=SPARSE_PENALTY,
+                class_weight="balanced",
+                random_state=seed,
+                **l1_penalty(),
             )
             weights = probe.fit(wide[train], self.labels[train]).coef_[0]
             area = auroc(wide[held] @ weights, self.labels[held]).value or 0.0
