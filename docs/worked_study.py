@@ -23,7 +23,7 @@ from typing import Any
 
 HERE = pathlib.Path(__file__).resolve().parent
 PAGE = HERE / "worked-study.md"
-MARK = re.compile(r"<!--(?P<path>[\w.' -]+?)(?:\|(?P<format>[^>]*?))?-->(?P<text>[^<]*)<!--/-->")
+MARK = re.compile(r"<!--(?P<path>[\w.,' -]+?)(?:\|(?P<format>[^>]*?))?-->(?P<text>[^<]*)<!--/-->")
 
 
 def commands(page: str) -> dict[str, list[str]]:

@@ -99,5 +99,5 @@ def test_a_path_leads_to_names_with_dots_and_to_rows_by_their_names(study):
     results = {"rows": [{"value": "a b", "tpr": {"0.01": {"it's": 3}}}, {"name": "c", "tpr": 4}]}
     assert study.at(results, "rows.a b.tpr.0.01.it's") == 3
     assert study.at(results, "rows.c.tpr") == study.at(results, "rows.1.tpr") == 4
-    mark = study.MARK.search("<!--run.rows.a b.tpr.0.01.it's|.3f-->0<!--/-->")
-    assert (mark["path"], mark["format"]) == ("run.rows.a b.tpr.0.01.it's", ".3f")
+    mark = study.MARK.search("<!--run.rows.a, b.tpr.0.01.it's|.3f-->0<!--/-->")
+    assert (mark["path"], mark["format"]) == ("run.rows.a, b.tpr.0.01.it's", ".3f")
