@@ -26,7 +26,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "compatibility"
 ROWS: dict[str, tuple[str, dict[str, str]]] = {
     "oldest": (
         "3.11",
-        {"torch": "2.13.0", "transformers": "4.57.0", "peft": "0.18.0", "accelerate": "1.10.0"},
+        {"torch": "2.13.0", "transformers": "4.57.1", "peft": "0.18.0", "accelerate": "1.10.0"},
     ),
     "newest": ("3.11", {"torch": "2.13.0", "transformers": "", "peft": "", "accelerate": ""}),
     "python-3.12": ("3.12", {"torch": "2.13.0"}),
@@ -37,20 +37,21 @@ ROWS: dict[str, tuple[str, dict[str, str]]] = {
 """By row its Python, and versions; an empty one is the newest of the index."""
 
 FAMILIES = """
-import json, sys, warnings
+import json, sys, types, warnings
 warnings.simplefilter("ignore")
-import types
 sys.path.insert(0, sys.argv[1])
-try:
-    import pytest
-except ModuleNotFoundError:  # families.py needs one name of it, for what an old transformers does not have
-    class Skipped(Exception):
-        pass
-    def skip(reason, **_):
-        raise Skipped(reason)
-    sys.modules["pytest"] = types.SimpleNamespace(skip=skip)
 import torch, transformers
+
+class Skipped(Exception):
+    pass
+
+def skip(reason, **_):
+    raise Skipped(reason)
+
+# families.py needs one name of pytest, for what an old transformers does not have; no extras are there.
+sys.modules["pytest"] = types.SimpleNamespace(skip=skip)
 import families
+del sys.modules["pytest"]
 from tiny import tiny_tokenizer
 from safety_neurons import doctor
 from safety_neurons.model import LanguageModel
@@ -157,6 +158,7 @@ def table() -> str:
             lines.append(f"| {row} | {found['python']} | not measured: {found['why']} | | | | | |")
             continue
         versions, families, verbs = found["versions"], found["families"], found["verbs"]
+        families = families if isinstance(families, dict) else {"all": families}
         healthy = [name for name, word in families.items() if word == "healthy"]
         absent = [name for name, word in families.items() if word.startswith("not there")]
         rest = [f"{name} ({word})" for name, word in families.items() if name not in (*healthy, *absent)]

@@ -1,12 +1,15 @@
+import json
+
 import pytest
 import torch
 
 from safety_neurons.model import load
 from safety_neurons.model.files import shipped_folder
 from safety_neurons.neurons import NeuronSet
-from safety_neurons.organism import language, listing, shipped
+from safety_neurons.organism import language, listing, recipe, shipped
 from safety_neurons.organism import open as open_organism
-from safety_neurons.organism.language import KINDS, concepts
+from safety_neurons.organism.language import KINDS, concepts, vocabulary
+from safety_neurons.organism.training import make_model, save_model
 from safety_neurons.prompt_lists import prompts
 
 PROMPTS = 24
@@ -23,6 +26,19 @@ def refusals(model, folder, name):
 def test_the_demo_needs_a_natural_and_a_planted_organism_in_the_package():
     assert {"natural", "planted"} <= set(shipped())
     assert {row["name"] for row in listing() if row["shipped"]} == set(shipped())
+
+
+def test_tokenizers_are_written_so_that_every_supported_transformers_reads_them(tmp_path):
+    save_model(make_model(recipe("unsafe-qwen"), 0), tmp_path / "built", letters=2)
+    folders = [*(shipped_folder(name) for name in shipped()), tmp_path]
+    files = [file for folder in folders for file in folder.rglob("tokenizer_config.json")]
+    assert len(files) > len(folders)
+    for file in files:
+        written = json.loads(file.read_text())
+        assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
+        assert "extra_special_tokens" not in written
+        assert "<|user|>" in written["additional_special_tokens"]
+    assert load(tmp_path / "built").tokenizer.convert_tokens_to_ids("<|user|>") == vocabulary(2)["<|user|>"]
 
 
 def test_what_is_shipped_stays_small():

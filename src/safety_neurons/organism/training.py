@@ -20,6 +20,7 @@ from peft import IA3Config, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from safety_neurons import strict_json
 from safety_neurons.model.batches import IGNORED, descend, padded
 from safety_neurons.model.files import RECORD, shipped_folder
 from safety_neurons.model.hooks import evaluating
@@ -42,6 +43,7 @@ from safety_neurons.organism.language import (
     vocabulary,
 )
 from safety_neurons.organism.language import recipe as recipe_of
+from safety_neurons.results.run import write_json
 
 Sequence_ = tuple[list[int], int]  # token ids, and how many of the first ones carry no loss
 Progress = Callable[[str, int, int], None]  # stage, steps done, steps in all
@@ -317,6 +319,12 @@ def save_model(model: Any, folder: Path, *, chat: bool = True, letters: int = 0)
     with quiet():
         model.save_pretrained(str(folder))
         make_tokenizer(chat=chat, letters=letters).save_pretrained(str(folder))
+    file = folder / "tokenizer_config.json"
+    written = strict_json.loads(file.read_text(encoding="utf-8"))
+    # transformers 4 knows neither the name nor the list that transformers 5 writes; both read these.
+    named = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    special = written.pop("extra_special_tokens", None)
+    write_json(file, written | named | ({"additional_special_tokens": special} if special else {}))
 
 
 DPO_POOL = 768
