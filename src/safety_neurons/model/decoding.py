@@ -255,7 +255,8 @@ def decoded(
     """
     written: list[list[int]] = [[] for _ in ids]
     failed = [False] * len(ids)
-    rows, left, passed = list(range(len(ids))), int(settings.max_new_tokens), {}
+    rows, left = list(range(len(ids))), int(settings.max_new_tokens)
+    passed: dict[str, Any] = {}
     settings.return_dict_in_generate = True
     while True:
         width, finite = ids.shape[1], Finite(min(ends, default=pad_id))

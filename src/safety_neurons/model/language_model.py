@@ -597,8 +597,8 @@ def _budget(lm: LanguageModel, decoding: Decoding) -> int:
     """
     usual = token_budget(lm.device)
     names = ("num_hidden_layers", "num_attention_heads", "hidden_size")
-    sizes = [getattr(lm.config, name, None) for name in names]
-    if decoding.sample or lm.device.type != "cpu" or not all(isinstance(size, int) for size in sizes):
+    sizes = [size for name in names if isinstance(size := getattr(lm.config, name, None), int)]
+    if decoding.sample or lm.device.type != "cpu" or len(sizes) < len(names):
         return usual
     layers, heads, hidden = sizes
     width = getattr(lm.config, "head_dim", None) or hidden // heads
