@@ -3,6 +3,7 @@ checkpoint is whole.
 """
 
 import dataclasses
+import errno
 import json
 import os
 import pathlib
@@ -590,6 +591,20 @@ def test_a_finished_run_is_read_where_nothing_can_be_written(tmp_path, monkeypat
     assert RunFolder(tmp_path / "run", "find", {}).record["result"] == {"n": 1}
     with pytest.raises(RunError, match="cannot write in .*Read-only file system"):
         RunFolder(tmp_path / "other", "find", {})
+
+
+@pytest.mark.parametrize(
+    "missing", [OSError(errno.ENOLCK, "No locks available"), NotImplementedError("flock")]
+)
+def test_where_the_file_system_knows_no_locks_a_run_says_so_and_goes_on(tmp_path, monkeypatch, missing):
+    def without(*_, **__):
+        raise missing
+
+    monkeypatch.setattr("filelock.FileLock.acquire", without)
+    run = RunFolder(tmp_path / "run", "find", {})
+    assert "knows no locks: a second process on the same --out is not noticed" in run.notes[0]
+    run.finish({"n": 1})
+    assert RunFolder(tmp_path / "run", "find", {}).record["result"] == {"n": 1}
 
 
 WRITE = """

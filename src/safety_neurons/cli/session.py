@@ -332,7 +332,7 @@ class Session:
         of_models = [note for model in self.models for note in model.notes]
         self.folder.finish(
             result,
-            notes=list(dict.fromkeys([*of_models, *self.notes])),
+            notes=list(dict.fromkeys([*self.folder.notes, *of_models, *self.notes])),
             device=self.device,
             hashes=self.hashes,
         )

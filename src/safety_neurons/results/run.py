@@ -11,9 +11,11 @@ arguments as they are, and the version of this package.
 import contextlib
 import copy
 import datetime
+import errno
 import functools
 import hashlib
 import importlib.metadata
+import inspect
 import json
 import os
 import pathlib
@@ -265,9 +267,8 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
     """
     try:
         status = os.stat(path)
-        if not stat.S_ISREG(
-            status.st_mode
-        ):  # a pipe or a device may have no end, and is empty when it is read again
+        # A pipe or a device may have no end, and is empty when it is read again.
+        if not stat.S_ISREG(status.st_mode):
             raise InputError(
                 f"{str(path)!r} is a pipe or a device; expected a file that can be read twice: write "
                 "it to one"
@@ -295,29 +296,34 @@ def _files(folder: pathlib.Path, wanted: Sequence[str]) -> Iterator[tuple[str, p
 
 
 _LOCK, _HOLDER = ".lock", ".lock.json"
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+_OF_THE_SYSTEM: dict[str, Any] = (
+    {"fallback_to_soft": False} if "fallback_to_soft" in inspect.signature(FileLock).parameters else {}
+)
+"""No lock that a killed process would leave behind in the place of one of the system."""
 
 
 class Lock:
     """A lock of the operating system, which ends with its process however that ends.
 
-    Who holds it is written beside it.
-
-    Within one process it may be taken again: a process does not stand in its own way.
+    Who holds it is written beside it. Within one process it may be taken again: it does not stand in its own
+    way.
     """
 
     def __init__(self, folder: pathlib.Path) -> None:
         """Names the lock; nothing is taken yet."""
         self.folder = folder
+        self.notes: list[str] = []
         self._held: FileLock | None = None
 
     def take(self) -> None:
-        """Takes the lock without waiting.
+        """Takes the lock without waiting; where the file system knows no locks, `notes` says so.
 
         Raises:
             RunError: another process holds it, or the folder is not writable.
         """
         path = self.folder.resolve() / _LOCK
-        lock = FileLock(path, timeout=0, thread_local=False, is_singleton=True)
+        lock = FileLock(path, timeout=0, thread_local=False, is_singleton=True, **_OF_THE_SYSTEM)
         try:
             lock.acquire()
         except Timeout:
@@ -325,10 +331,17 @@ class Lock:
                 f"{str(self.folder)!r} is in use by {self._holder()}; wait until it has ended, or choose "
                 "another --out"
             ) from None
-        except OSError as error:
-            raise RunError(
-                f"cannot write in {str(self.folder)!r} ({error.strerror or error}); choose a writable --out"
-            ) from error
+        except (OSError, NotImplementedError) as error:
+            if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+                raise RunError(
+                    f"cannot write in {str(self.folder)!r} ({error.strerror or error}); choose a writable "
+                    "--out"
+                ) from error
+            self.notes.append(
+                f"the file system of {str(self.folder)!r} knows no locks: a second process on the same "
+                "--out is not noticed"
+            )
+            return
         self._held = lock
         if lock.lock_counter == 1:
             write_json(
@@ -531,6 +544,7 @@ class RunFolder:
         self.resumed = False
         self._made: list[pathlib.Path] = []
         self._lock = Lock(self.folder)
+        self.notes = self._lock.notes
         first = _first_record(verb, plain(dict(config)), inputs or {})
         self._record = first if overwrite else self._read() or first
         if self._record is not first:
@@ -547,9 +561,8 @@ class RunFolder:
             remove_partial(self.folder)
             if overwrite:
                 self._clear()
-            earlier = (
-                None if overwrite else self._read()
-            )  # Once more: until the lock was taken, somebody else may have finished it.
+            # Once more: until the lock was taken, somebody else may have finished it.
+            earlier = None if overwrite else self._read()
             if earlier is not None:
                 self._record = earlier
                 self._compare(first)
@@ -720,11 +733,7 @@ class RunFolder:
         return record
 
     def _compare(self, now: Mapping[str, Any]) -> None:
-        """Raises an error that says what is not as it was.
-
-        Raises:
-            RunError: the record is another run's.
-        """
+        """Raises a RunError that says what is not as it was: the record is another run's."""
         earlier, where = self._record, f"{str(self.folder)!r} holds a run"
         advice = "choose another --out, or pass --overwrite to start anew"
         if earlier["verb"] != now["verb"]:
