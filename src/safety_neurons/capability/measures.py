@@ -599,18 +599,22 @@ def log_likelihoods(
     readers = list(fed.values())
     likelihoods = [0.0] * len(pairs)
 
-    def per_batch(batch: Batch) -> None:
+    def per_batch(batch: Batch) -> dict[int, float]:
+        found = {}
         assert batch.output is not None
         for row, (index, length) in enumerate(zip(batch.indices, batch.lengths, strict=True)):
             for number in readers[index]:
                 targets = split[number][1]
                 scores = widened(batch.output[row, length - len(targets) : length]).log_softmax(-1)
-                likelihoods[number] = float(
+                found[number] = float(
                     scores.gather(1, torch.tensor(targets, device=scores.device)[:, None]).sum()
                 )
+        return found
 
     with treatment():
-        run_batches(model, [list(ids) for ids in fed], per_batch, batch_size, True)
+        for part in run_batches(model, [list(ids) for ids in fed], per_batch, batch_size, True):
+            for number, likelihood in part.items():
+                likelihoods[number] = likelihood
     return likelihoods
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from safety_neurons import strict_json
-from safety_neurons.cli import console
+from safety_neurons.cli import console, processes
 from safety_neurons.declarations import (
     Count,
     Declaration,
@@ -262,14 +262,15 @@ class Session:
         """The run's folder, made when it is first needed."""
         from safety_neurons.results import RunFolder
 
-        out = self.common.out or default_folder(self.verb, time.strftime("%Y%m%d-%H%M%S"))
-        return RunFolder(
-            out,
-            self.verb,
-            self.config,
-            self.common.overwrite,
-            inputs_of(self.options, self.reads, self.common),
-        )
+        inputs = inputs_of(self.options, self.reads, self.common)
+
+        def opened(out: pathlib.Path) -> RunFolder:
+            return RunFolder(out, self.verb, self.config, self.common.overwrite, inputs)
+
+        def out() -> pathlib.Path:
+            return self.common.out or default_folder(self.verb, time.strftime("%Y%m%d-%H%M%S"))
+
+        return processes.folder(opened, out)
 
     @property
     def quiet(self) -> bool:

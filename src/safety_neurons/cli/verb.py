@@ -16,7 +16,7 @@ from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
 from safety_neurons import __version__
-from safety_neurons.cli import console
+from safety_neurons.cli import console, processes
 from safety_neurons.cli.session import Common, Session
 from safety_neurons.declarations import Declaration, Option
 from safety_neurons.errors import SafetyNeuronsError, command_line
@@ -190,14 +190,15 @@ def add(
 ) -> None:
     """Add a command to a group."""
     DECLARED[words] = tuple(taken.values())
-    command = command_of(words.replace(" ", "-"), function, taken)
+    command = command_of(words, function, taken)
     app.command(words.split()[-1], cls=Page, help=sentence, no_args_is_help=False)(command)
 
 
 def command_of(
-    run: str, function: Callable[..., Any], taken: dict[str, type[Declaration]]
+    words: str, function: Callable[..., Any], taken: dict[str, type[Declaration]]
 ) -> Callable[..., None]:
     """A function for typer: one keyword argument an option of the declarations and of the common ones."""
+    run = words.replace(" ", "-")
     kinds: dict[str, type[Declaration]] = {**taken, "common": Common}
     options = [option for kind in kinds.values() for option in kind.options()]
     twice = {one.name for one in options if sum(other.name == one.name for other in options) > 1}
@@ -213,6 +214,7 @@ def command_of(
                 declaration.check()
             common = parts.pop("common")
             assert isinstance(common, Common)
+            processes.meet(words)
             return function(Session(run, common, list(parts.values())), **parts)
 
         run_guarded(call, as_json=given["json"], debug=given["debug"])
@@ -251,6 +253,7 @@ def _run_guarded(call: Callable[[], dict[str, Any] | None], *, as_json: bool, de
     try:
         with console.ours(debug=debug):
             result = call()
+            processes.part()
             stream = console.streams().out
             if as_json and result is not None:
                 stream.write(console.json_line(result))
@@ -258,8 +261,10 @@ def _run_guarded(call: Callable[[], dict[str, Any] | None], *, as_json: bool, de
     except SafetyNeuronsError as error:
         fail(str(error), error.exit_code, error, as_json=as_json, debug=debug)
     except KeyboardInterrupt as error:
-        message = f"interrupted: {error or 'nothing was started'}"
-        fail(message, 128 + signal.SIGINT, error, as_json=as_json, debug=debug)
+        gone = processes.gone()
+        why = "interrupted" if gone is None else f"{gone} has ended"
+        message = f"{why}: {error or 'nothing was started'}"
+        fail(message, 1 if gone else 128 + signal.SIGINT, error, as_json=as_json, debug=debug)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), console.streams().out.fileno())
         raise SystemExit(1) from None
@@ -281,7 +286,10 @@ def is_usage(error: Exception) -> bool:
 
 
 def fail(message: str, exit_code: int, error: BaseException, *, as_json: bool, debug: bool) -> NoReturn:
-    """Say one line (or one JSON object) and exit."""
+    """Say one line (or one JSON object) and exit; of several processes one says it."""
+    if not processes.speaks():
+        processes.part(exit_code)
+        raise SystemExit(exit_code)
     if debug:
         import traceback
 
@@ -291,6 +299,7 @@ def fail(message: str, exit_code: int, error: BaseException, *, as_json: bool, d
         console.streams().out.write(console.json_line({"error": line, "exit_code": exit_code}))
     else:
         console.tell(f"safety-neurons: {line}\n")
+    processes.part(exit_code)
     raise SystemExit(exit_code)
 
 
@@ -363,6 +372,7 @@ def options(
 def run() -> None:
     """Run the command line on the words it was given; what cannot be parsed is one line and exit code 2."""
     words = sys.argv[1:]
+    processes.hush()
     try:
         code = build()(words, prog_name="safety-neurons", standalone_mode=False)
     except Exception as caught:

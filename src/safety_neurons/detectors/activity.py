@@ -216,12 +216,15 @@ def pooled_activations(
 
         return reader
 
-    def take(batch: Batch) -> None:
-        for key in list(seen):
-            values = pool(seen.pop(key), batch)
+    def take(batch: Batch) -> tuple[list[int], dict[str, Tensor]]:
+        return batch.indices, {key: pool(seen.pop(key), batch) for key in list(seen)}
+
+    def put(part: tuple[list[int], dict[str, Tensor]]) -> None:
+        indices, rows = part
+        for key, values in rows.items():
             if key not in pooled:
                 pooled[key] = torch.zeros(len(encoded), values.shape[1], dtype=values.dtype)
-            pooled[key][batch.indices] = values
+            pooled[key][indices] = values
 
     def prepare() -> None:
         stream.put(name, {key: values.numpy() for key, values in pooled.items()})
@@ -243,7 +246,7 @@ def pooled_activations(
             encoded,
             take,
             run.batch_size,
-            options=PassOptions(int(stream.state.get(done, 0)), finished),
+            options=PassOptions(int(stream.state.get(done, 0)), finished, keep=put),
         )
         prepare()
     return pooled

@@ -18,7 +18,7 @@ from safety_neurons.detectors import methods
 from safety_neurons.detectors.methods import Method
 from safety_neurons.detectors.rules import Ranked
 from safety_neurons.errors import NumericalError, RunError, UnsupportedModelError, UsageError
-from safety_neurons.model import LanguageModel, as_prompts, check_pair
+from safety_neurons.model import LanguageModel, as_prompts, check_pair, ranks
 from safety_neurons.model.batches import (
     Batch,
     BatchSize,
@@ -55,6 +55,8 @@ class BatchSums:
 
     sums: Sums = field(default_factory=dict)
     scores: list[dict[str, np.ndarray]] = field(default_factory=list)
+    votes: dict[str, np.ndarray] | None = None
+    """State of the votes that the prompts of the batch have cast."""
 
 
 @dataclass(frozen=True)
@@ -400,12 +402,20 @@ class Run:
         failed: dict[int, str] = {
             int(index): reason for index, reason in stream.state.get("failed", {}).items()
         }
-        halving, tokens = Halving(failed), 0
+        halving = Halving(failed)
 
         def work(batch: Batch) -> BatchSums:
             added = reduce(batch)
             check_finite(added.sums)
-            return added
+            if votes is None:
+                return added
+            cast = Votes(dict(self.sizes))
+            for scores in added.scores:
+                cast.cast(self.selection, scores)
+            return BatchSums(added.sums, votes=cast.state())
+
+        def batch_of(number: int) -> Batch:
+            return collate(sequences, groups[number], number=number, pad_id=lm.pad_id).to(lm.device)
 
         def prepare() -> None:
             stream.state["failed"] = {str(index): reason for index, reason in failed.items()}
@@ -413,19 +423,15 @@ class Run:
                 stream.put("votes", votes.state())
 
         with stream.kept(prepare):
-            for number, group in enumerate(groups):
-                tokens += sum(lengths[index] for index in group)
-                if number < int(stream.state.get("batches", 0)):
-                    continue
-                halves = halving.run(
-                    collate(sequences, group, number=number, pad_id=lm.pad_id).to(lm.device), work
-                )
+            left = range(int(stream.state.get("batches", 0)), len(groups))
+            tokens = sum(lengths[index] for group in groups[: left.start] for index in group)
+            for number, halves in zip(left, halving.over(left, batch_of, work), strict=True):
+                tokens += sum(lengths[index] for index in groups[number])
                 with stream.changing():
                     for half in halves:
                         stream.add(half.sums)
-                        if votes is not None:
-                            for scores in half.scores:
-                                votes.cast(self.selection, scores)
+                        if votes is not None and half.votes is not None:
+                            votes.merge(half.votes)
                     stream.state["batches"] = number + 1
                 stream.went_on(prepare)
                 if self.progress is not None:
@@ -498,7 +504,10 @@ def find(
     with contextlib.ExitStack() as modes:
         for model in models:
             modes.enter_context(evaluating(model.model))
-        scored = method.score(run)
+        if method.ALONE:
+            scored, run.notes = ranks.once(lambda: (method.score(run), run.notes))
+        else:
+            scored = method.score(run)
     found = _chosen(run, config, scored, subtract)
     if not other_texts:
         return found

@@ -22,7 +22,7 @@ from safety_neurons.model import BatchSize, Encoded, LanguageModel, Progress
 from safety_neurons.model.batches import Batch
 from safety_neurons.model.hooks import Reading
 from safety_neurons.model.language_model import Texts
-from safety_neurons.model.passes import PassOptions, run_batches
+from safety_neurons.model.passes import AlsoRead, PassOptions, T, run_batches
 from safety_neurons.model.sites import Anatomy, ExpertRows, Index
 from safety_neurons.neurons import NeuronSet, parse_key
 from safety_neurons.prompt_lists import Message, Prompt, as_prompts
@@ -540,7 +540,7 @@ def read_poolings(
     direction: Float[Tensor, " neuron"] | None = None,
     batch_size: BatchSize = "auto",
     progress: Progress | None = None,
-    also: Callable[[Batch], None] | None = None,
+    also: AlsoRead | None = None,
 ) -> dict[Pooling, Features]:
     """`read_features` of encoded prompts for several poolings, in one pass over the prompts.
 
@@ -560,13 +560,18 @@ def read_poolings(
     )
     found = {pooling: np.empty((len(encoded), len(neurons)), np.float32) for pooling in poolings}
 
-    def keep(batch: Batch) -> None:
-        for pooling, values in collector.result().items():
-            found[pooling][batch.indices] = values.to("cpu", torch.float32).numpy()
-        if also is not None:
-            also(batch)
+    def take(batch: Batch) -> tuple[list[int], dict[Pooling, np.ndarray], Any]:
+        values = {key: rows.to("cpu", torch.float32).numpy() for key, rows in collector.result().items()}
+        return batch.indices, values, None if also is None else also.take(batch)
 
-    collect(model, encoded, collector, keep, batch_size, also is not None, progress=progress, notes=notes)
+    every_layer, told = also is not None, {"progress": progress, "notes": notes}
+    for indices, parts, beside in collect(
+        model, encoded, collector, take, batch_size, every_layer=every_layer, **told
+    ):
+        for pooling, values in parts.items():
+            found[pooling][indices] = values
+        if also is not None:
+            also.keep(beside)
     truncated = np.array([item.truncated for item in encoded])
     lengths = np.array([len(item.ids) for item in encoded])
     if truncated.any():
@@ -604,34 +609,42 @@ def read_tokens(
     pooling = Pooling("agree", window, 1)
     collector = Collector(model.anatomy, neurons.on(model.table, [model.name]), [pooling])
 
-    def take(batch: Batch) -> None:
+    def take(batch: Batch) -> dict[int, Float[np.ndarray, "token neuron"]]:
         values, here = collector.tokens(pooling)
-        for index, row, own in zip(batch.indices, values.to("cpu", torch.float32), here.cpu(), strict=True):
-            keep(int(index), row[own].numpy())
+        rows = zip(batch.indices, values.to("cpu", torch.float32), here.cpu(), strict=True)
+        return {int(index): row[own].numpy() for index, row, own in rows}
 
-    collect(model, encoded, collector, take, batch_size, progress=progress)
+    def each(part: dict[int, Float[np.ndarray, "token neuron"]]) -> None:
+        for index, row in part.items():
+            keep(index, row)
+
+    collect(model, encoded, collector, take, batch_size, keep=each, progress=progress)
 
 
 def collect(
     model: LanguageModel,
     encoded: Sequence[Encoded],
     collector: Collector,
-    keep: Callable[[Batch], None],
+    take: Callable[[Batch], T],
     batch_size: BatchSize = "auto",
+    *,
+    keep: Callable[[T], None] | None = None,
     every_layer: bool = False,
     **watching: Any,
-) -> None:
-    """Run prompts through a model up to the last layer that is read, or through every layer; `keep` is called
+) -> list[T]:
+    """Run prompts through a model up to the last layer that is read, or through every layer; `take` is called
     behind every batch.
 
-    `watching`: see `run_batches`.
+    What it returned is given to `keep`, or returned. `watching`: see `run_batches`.
     """
     options = PassOptions(
+        keep=keep,
         before=lambda batch: collector.start(batch.attention_mask),
         last_layer=None if every_layer else last_layer(collector.neurons),
     )
     with model_lock(model), collector:
-        run_batches(model, [item.ids for item in encoded], keep, batch_size, options=options, **watching)
+        ids = [item.ids for item in encoded]
+        return run_batches(model, ids, take, batch_size, options=options, **watching)
 
 
 def last_layer(neurons: NeuronSet) -> int:

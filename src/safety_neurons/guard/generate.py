@@ -458,15 +458,18 @@ class GuardedModel:
             with watch.on(mask):
                 yield {"custom_generate": watch}
 
-        def keep(index: int, answer: Answer) -> None:
+        def read(index: int, answer: Answer) -> GuardedAnswer:
             watch, row = watches[index]
-            answers[index] = self._answer(requests[index], answer, watch, row)
+            return self._answer(requests[index], answer, watch, row)
+
+        def keep(index: int, answer: Answer) -> None:
+            answers[index] = answer.read
             if answered is not None:
                 answered(index, answers[index])
 
         with model_lock(self.model):
             ids = [item.ids for item in encoded]
-            watching = dataclasses.replace(decoding, watched=watched)
+            watching = dataclasses.replace(decoding, watched=watched, read=read)
             generate(self.model, ids, watching, batch_size=batch_size, skip=skip, answered=keep, **generating)
         return answers
 

@@ -52,6 +52,7 @@ from safety_neurons.guard.features import (
 from safety_neurons.guard.verdict import LONGEST_WORDS, Status, TopNeuron, Verdict, counting, largest
 from safety_neurons.model import Batch, BatchSize, Encoded, LanguageModel
 from safety_neurons.model.identity import plain_name, template_sha256, tokenizer_sha256, weights_sha256
+from safety_neurons.model.passes import in_order
 from safety_neurons.neurons import NeuronSet, Provenance
 from safety_neurons.neurons.sets import header, stored_table
 from safety_neurons.prompt_lists import as_prompt
@@ -585,14 +586,11 @@ class Guard:
 
     def _read(self, encoded: Sequence[Encoded], batch_size: BatchSize) -> list[Tensor]:
         model, collector = self.bound, self.collector
-        found: list[Any] = [None] * len(encoded)
 
-        def keep(batch: Batch) -> None:
-            for index, values in zip(batch.indices, collector.result()[self.pooling].to("cpu"), strict=True):
-                found[index] = values
+        def take(batch: Batch) -> dict[int, Tensor]:
+            return dict(zip(batch.indices, collector.result()[self.pooling].to("cpu"), strict=True))
 
-        collect(model, encoded, collector, keep, batch_size)
-        return found
+        return in_order(collect(model, encoded, collector, take, batch_size))
 
     def _top(self, parts: Float64[np.ndarray, " neuron"], count: int) -> tuple[TopNeuron, ...]:
         if count < 1:

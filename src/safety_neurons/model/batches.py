@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from safety_neurons.errors import InputError, ModelError, NumericalError
+from safety_neurons.model import ranks
 from safety_neurons.model.sites import unwrapped
 
 BatchSize = int | Literal["auto"]
@@ -109,10 +110,12 @@ class Rows:
     Attributes:
         lengths: Tokens of every sequence, of those of other rows too.
         indices: Which of them these rows are.
+        number: Place of the (unsplit) rows in their plan.
     """
 
     lengths: Sequence[int]
     indices: list[int]
+    number: int = 0
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -125,7 +128,8 @@ class Rows:
     def split(self) -> tuple["Rows", "Rows"]:
         """Two halves."""
         middle = (len(self) + 1) // 2
-        return Rows(self.lengths, self.indices[:middle]), Rows(self.lengths, self.indices[middle:])
+        one, other = self.indices[:middle], self.indices[middle:]
+        return Rows(self.lengths, one, self.number), Rows(self.lengths, other, self.number)
 
 
 def token_budget(device: torch.device, budget: int | None = None) -> int:
@@ -222,6 +226,31 @@ class Halving:
         self.notes: list[str] = []
         self._failed = failed
         self._largest: int | None = None
+
+    def over(
+        self, numbers: Sequence[int], batch_of: Callable[[int], Any], work: Callable[[Any], T]
+    ) -> Iterator[list[T]]:
+        """What `run` gives for every batch of a plan, in order; several processes share the batches out.
+
+        Args:
+            numbers: Of batches in the plan.
+            batch_of: Makes a batch.
+            work: As for `run`; where processes share, all that stays of a batch is what it returns.
+        """
+
+        def done(number: int) -> tuple[list[T], list[str], dict[int, str]]:
+            said, left_out = len(self.notes), set(self._failed or ())
+            results = self.run(batch_of(number), work)
+            new = {index: why for index, why in (self._failed or {}).items() if index not in left_out}
+            notes = self.notes[said:]
+            del self.notes[said:]
+            return results, notes, new
+
+        for results, notes, failed in ranks.shared(numbers, done):
+            self.notes += notes
+            if self._failed is not None:
+                self._failed.update(failed)
+            yield results
 
     def run(self, batch: Any, work: Callable[[Any], T]) -> list[T]:
         """Results of `work` for the batch, or for its parts in order.

@@ -112,18 +112,21 @@ class TextReader:
             isinstance(self.model, ScoreModel) or self.model.config.pad_token_id is not None
         )
         lengths = [len(row["input_ids"]) for row in encoded]
-        outputs: dict[int, Float64[np.ndarray, " label"]] = {}
+        groups = plan(lengths, batch_size if takes_padding else 1, token_budget(device))
 
-        def work(rows: Rows) -> None:
+        def rows_of(number: int) -> Rows:
+            return Rows(lengths, groups[number])
+
+        def work(rows: Rows) -> dict[int, Float64[np.ndarray, " label"]]:
             inputs = _padded([encoded[index] for index in rows.indices], 0 if pad is None else pad, device)
             values = self.model(**inputs).logits.double().cpu().numpy()
-            outputs.update(zip(rows.indices, values, strict=True))
+            return dict(zip(rows.indices, values, strict=True))
 
         halving = Halving()
         with evaluating(self.model), torch.no_grad():
-            for group in plan(lengths, batch_size if takes_padding else 1, token_budget(device)):
-                halving.run(Rows(lengths, group), work)
+            parts = [part for halves in halving.over(range(len(groups)), rows_of, work) for part in halves]
         self.notes += halving.notes
+        outputs = {index: values for part in parts for index, values in part.items()}
         return np.stack([outputs[index] for index in range(len(encoded))])
 
 

@@ -44,6 +44,7 @@ class Decoding:
         others: Further arguments of `generate`, passed on as they are.
         watched: Opened around every batch, and again around each half of one that did not fit, with the
             indices of its rows and its mask; gives arguments for that batch.
+        read: Makes something of index and answer, in the one of several processes that wrote it.
     """
 
     max_new_tokens: int = 128
@@ -53,6 +54,7 @@ class Decoding:
     seed: int = 0
     others: Mapping[str, Any] | None = None
     watched: Watched | None = None
+    read: "Callable[[int, Answer], Any] | None" = None
 
     @property
     def plain(self) -> bool:
@@ -91,13 +93,14 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Answer:
-    """Token ids generated for one sequence, EOS excluded, and why they end.
+    """Token ids generated for one sequence, EOS excluded, why they end, and what `Decoding.read` makes of it.
 
     `stop` or `length`; `failed` where the model gave NaN or infinity at any step, and then there are none.
     """
 
     token_ids: list[int]
     finish_reason: Literal["stop", "length", "failed"]
+    read: Any = None
 
 
 class Finite:

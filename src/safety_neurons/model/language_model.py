@@ -1,9 +1,10 @@
 """A causal language model with its tokenizer and template, and its completions."""
 
 import contextlib
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Unpack
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from safety_neurons.errors import InputError, MismatchError, ModelError, UnsupportedModelError
+from safety_neurons.model import ranks
 from safety_neurons.model.adapters import activated, is_adapted
 from safety_neurons.model.anatomy import resolve
 from safety_neurons.model.batches import BatchSize, Halving, Progress, Rows, plan, token_budget
@@ -549,7 +551,7 @@ def generate(
         batch_size: Rows, or `auto` for a token budget that counts the new tokens.
         skip: Indices that have their answer already; the plan stays the same.
         progress: Called as `progress(sequences done, sequences in all, tokens generated)` after every batch.
-        answered: Called with index and answer as soon as it is there.
+        answered: Called with index and answer as soon as it is there, in all processes.
         notes: Gets a line for every batch that did not fit in memory, and one for sequences that failed.
 
     Returns:
@@ -557,18 +559,20 @@ def generate(
     """
     prompts = [list(sequence) for sequence in sequences]
     lengths = [len(sequence) + decoding.max_new_tokens for sequence in prompts]
-    groups = plan(lengths, batch_size, _budget(lm, decoding), padded=takes_left_padding(lm))
+    groups = _groups(lm, lengths, decoding, batch_size)
     skipped, halving, tokens = set(skip), Halving(), 0
     answers: dict[int, Answer] = {}
-    for number, group in enumerate(groups):
-        wanted = [index for index in group if index not in skipped]
-        if not wanted:
-            continue
+    widths = list(map(len, prompts))
+    wanted = [[index for index in group if index not in skipped] for group in groups]
 
-        def work(rows: Rows, number: int = number) -> dict[int, Answer]:
-            return _generate_rows(lm, prompts, rows, decoding, number)
+    def work(rows: Rows) -> dict[int, Answer]:
+        written = _generate_rows(lm, prompts, rows, decoding)
+        read = decoding.read
+        return written if read is None else {i: replace(one, read=read(i, one)) for i, one in written.items()}
 
-        for part in halving.run(Rows([len(sequence) for sequence in prompts], wanted), work):
+    left = [number for number, group in enumerate(wanted) if group]
+    for parts in halving.over(left, lambda number: Rows(widths, wanted[number], number), work):
+        for part in parts:
             answers.update(part)
             for index, answer in part.items():
                 tokens += len(answer.token_ids)
@@ -586,6 +590,27 @@ def generate(
 
 CACHE_BYTES, WIDEST = 2**30, 24576
 """Bytes of keys and values, and tokens, of the rows that a processor answers in one batch."""
+
+
+def _groups(
+    lm: LanguageModel, lengths: Sequence[int], decoding: Decoding, batch_size: BatchSize
+) -> list[list[int]]:
+    """The batches: as few as there is room for, and of greedy answers at least one for each of the processes
+    that share them, all of one size.
+
+    Draws depend on the batch: sampled answers keep theirs, whatever the number of processes.
+    """
+    budget, padded, sharing = _budget(lm, decoding), takes_left_padding(lm), ranks.count()
+    groups = plan(lengths, batch_size, budget, padded=padded)
+    if batch_size != "auto" or sharing == 1 or not decoding.plain or not padded:
+        return groups
+    turns = math.ceil(len(groups) / sharing)
+    while turns * sharing < len(lengths):
+        even = plan(lengths, math.ceil(len(lengths) / (turns * sharing)))
+        if all(len(group) * lengths[group[0]] <= budget for group in even):
+            return even
+        turns += 1
+    return [[index] for group in groups for index in group]
 
 
 def _budget(lm: LanguageModel, decoding: Decoding) -> int:
@@ -607,7 +632,7 @@ def _budget(lm: LanguageModel, decoding: Decoding) -> int:
 
 
 def _generate_rows(
-    lm: LanguageModel, sequences: list[list[int]], rows: Rows, decoding: Decoding, number: int
+    lm: LanguageModel, sequences: list[list[int]], rows: Rows, decoding: Decoding
 ) -> dict[int, Answer]:
     width = rows.width
     input_ids = torch.full((len(rows), width), lm.pad_id, dtype=torch.long)
@@ -625,7 +650,7 @@ def _generate_rows(
         stack.enter_context(neutral_defaults(lm.model))
         stack.enter_context(untouched(lm.tokenizer))
         if decoding.sample:
-            stack.enter_context(seeded(lm.device, decoding.seed, number))
+            stack.enter_context(seeded(lm.device, decoding.seed, rows.number))
         if decoding.plain and len(rows) >= FEWEST and not _carries_state(lm) and rows_can_leave(lm.model):
             given = (input_ids.to(lm.device), mask.to(lm.device))
             written, lost = decoded(lm.model, *given, settings, ends, lm.pad_id)

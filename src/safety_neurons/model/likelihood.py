@@ -27,7 +27,7 @@ from safety_neurons.model.batches import (
 )
 from safety_neurons.model.hooks import After, Before, around
 from safety_neurons.model.language_model import LanguageModel
-from safety_neurons.model.passes import PassOptions, logits_budget, run_batches
+from safety_neurons.model.passes import PassOptions, in_order, logits_budget, run_batches
 
 Span = tuple[int, int]
 """Tokens of a sequence from the first number up to the second."""
@@ -125,19 +125,17 @@ def token_log_probabilities(
                 f"span {start}:{stop} of sequence {number} with {len(sequence)} tokens: expected 1 ≤ "
                 "start ≤ stop ≤ length"
             )
-    by_index: dict[int, Float64[np.ndarray, " token"]] = {}
 
-    def per_batch(batch: Batch) -> None:
+    def per_batch(batch: Batch) -> dict[int, Float64[np.ndarray, " token"]]:
         assert batch.output is not None
         values, _ = log_probabilities_of_next(batch.output, batch)
-        for index, row in zip(
-            batch.indices, values.double().cpu().split([length - 1 for length in batch.lengths]), strict=True
-        ):
-            start, stop = wanted[index]
-            by_index[index] = row[start - 1 : stop - 1].numpy()
+        rows = values.double().cpu().split([length - 1 for length in batch.lengths])
+        return {
+            index: row[wanted[index][0] - 1 : wanted[index][1] - 1].numpy()
+            for index, row in zip(batch.indices, rows, strict=True)
+        }
 
-    run_batches(lm, sequences, per_batch, batch_size, True, progress, notes)
-    return [by_index[index] for index in range(len(sequences))]
+    return in_order(run_batches(lm, sequences, per_batch, batch_size, True, progress, notes))
 
 
 def token_losses(
@@ -200,10 +198,8 @@ def token_divergences(
     Returns:
         One vector a sequence, in nats, one entry a token; an empty one where either model gives NaN.
     """
-    by_index: dict[int, Float64[np.ndarray, " token"]] = {}
-    failed: dict[int, str] = {}
 
-    def per_batch(batch: Batch) -> None:
+    def per_batch(batch: Batch) -> dict[int, Float64[np.ndarray, " token"]]:
         assert batch.output is not None
         untreated = batch.output
         other = _treated_logits(lm, batch, treated)
@@ -212,18 +208,15 @@ def token_divergences(
             _divergence(untreated.flatten(0, 1)[places], other.flatten(0, 1)[places.to(other.device)])
             for places, _ in _chunks(rows, rows, untreated.shape[-1])
         ]
-        for index, row in zip(
-            batch.indices, torch.cat(parts).double().cpu().split(batch.lengths), strict=True
-        ):
-            if bool(row.isnan().any()):
-                failed[index] = _NOT_A_NUMBER
-            by_index[index] = row[: 0 if index in failed else None].numpy()
+        values = zip(batch.indices, torch.cat(parts).double().cpu().split(batch.lengths), strict=True)
+        return {index: row[: 0 if row.isnan().any() else None].numpy() for index, row in values}
 
     half = PassOptions(budget=logits_budget(lm) // 2 or 1)  # the logits of both models are there at once
-    run_batches(lm, sequences, per_batch, batch_size, True, progress, notes, half)
+    rows = in_order(run_batches(lm, sequences, per_batch, batch_size, True, progress, notes, half))
     if notes is not None:
+        failed = {index: _NOT_A_NUMBER for index, row in enumerate(rows) if not len(row)}
         notes += said_of_failed(failed, len(sequences), "sequences")
-    return [by_index[index] for index in range(len(sequences))]
+    return rows
 
 
 def kl_divergence(
@@ -326,16 +319,20 @@ def answer_probabilities(
             reads.append([(number, node) for node in read])
     starts = [len(prompt) for prompt in prompts]
 
-    def per_batch(batch: Batch) -> None:
+    def per_batch(batch: Batch) -> list[tuple[int, tuple[int, ...], Float64[np.ndarray, " token"]]]:
         assert batch.output is not None
+        found = []
         for row, index in enumerate(batch.indices):
             for number, node in reads[index]:
                 logits = widened(batch.output[row, starts[number] + len(node) - 1])
-                tokens = trees[number].children[node]
-                ids = torch.tensor(tokens, device=logits.device)
-                trees[number].read[node] = (logits[ids] - logits.logsumexp(0)).double().exp().cpu().numpy()
+                ids = torch.tensor(trees[number].children[node], device=logits.device)
+                shares = (logits[ids] - logits.logsumexp(0)).double().exp().cpu().numpy()
+                found.append((number, node, shares))
+        return found
 
-    run_batches(lm, rows, per_batch, batch_size, True, progress, notes)
+    for part in run_batches(lm, rows, per_batch, batch_size, True, progress, notes):
+        for number, node, shares in part:
+            trees[number].read[node] = shares
     return [tree.choice() for tree in trees]
 
 

@@ -8,7 +8,7 @@ kernels. Padding is never read, so NaN in it harms nothing.
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from safety_neurons.errors import InputError, MismatchError, NumericalError
+from safety_neurons.model import ranks
 from safety_neurons.model.batches import (
     Batch,
     BatchSize,
@@ -60,6 +61,8 @@ class PassOptions:
             logits.
         failed: Gets index and reason of every sequence that is left out, as for `Halving`; None: the first
             ends the run.
+        keep: Called with what `per_batch` returned, in the order of the plan; nothing is returned then. Where
+            processes share, every one of them keeps all.
     """
 
     start: int = 0
@@ -68,6 +71,7 @@ class PassOptions:
     last_layer: int | None = None
     budget: int | None = None
     failed: dict[int, str] | None = None
+    keep: Callable[[Any], None] | None = None
 
 
 def run_batches(
@@ -82,6 +86,7 @@ def run_batches(
 ) -> list[T]:
     """Feeds every sequence once and calls `per_batch` after each forward pass.
 
+    Several processes share the batches out: what is to stay of one is what `per_batch` returns, on the host.
     Hooks are the caller's. A batch that does not fit is fed again in halves: readers drop in `before` what
     `per_batch` did not take.
 
@@ -117,11 +122,18 @@ def run_batches(
         finally:
             batch.output = None
 
+    def batch_of(number: int) -> Batch:
+        return collate(sequences, groups[number], number=number, pad_id=lm.pad_id).to(lm.device)
+
     with lm.running(), torch.no_grad():
-        for number, group in enumerate(groups[options.start :], start=options.start):
-            batch = collate(sequences, group, number=number, pad_id=lm.pad_id).to(lm.device)
-            results += halving.run(batch, work)
-            tokens += batch.n_tokens
+        left = range(options.start, len(groups))
+        for number, parts in zip(left, halving.over(left, batch_of, work), strict=True):
+            if options.keep is None:
+                results += parts
+            else:
+                for part in parts:
+                    options.keep(part)
+            tokens += sum(len(sequences[index]) for index in groups[number])
             if options.finished is not None:
                 options.finished(number + 1)
             if progress is not None:
@@ -129,6 +141,12 @@ def run_batches(
     if notes is not None:
         notes += halving.notes
     return results
+
+
+def in_order(parts: Iterable[Mapping[int, T]]) -> list[T]:
+    """What batches gave of every sequence, by its index, as one list in the order of the sequences."""
+    whole = {index: value for part in parts for index, value in part.items()}
+    return [whole[index] for index in sorted(whole)]
 
 
 class _Stopped(Exception):
@@ -258,13 +276,16 @@ def activation_statistics(
     sizes = lm.table.select(sites, layers).sizes
     sums = _Sums(sizes, torch.float64 if lm.dtype == torch.float64 else torch.float32)
     failed: dict[int, str] = {}
+    sharing = ranks.count() > 1
     options = PassOptions(
-        before=sums.start, last_layer=max(parse_key(key).layer for key in sizes), failed=failed
+        before=sums.start,
+        last_layer=max(parse_key(key).layer for key in sizes),
+        failed=failed,
+        keep=sums.add,
     )
+    told: dict[str, Any] = {"progress": progress, "notes": notes, "options": options}
     with reading(lm.anatomy, {source: sums.reader(source) for source in sums.sources}):
-        run_batches(
-            lm, sequences, lambda _: sums.take(), batch_size, progress=progress, notes=notes, options=options
-        )
+        run_batches(lm, sequences, lambda _: sums.take(sharing), batch_size, **told)
     if len(failed) == len(sequences) > 0:
         raise NumericalError(
             f"none of {len(failed)} sequences gave finite numbers; the first: {next(iter(failed.values()))}"
@@ -327,11 +348,11 @@ class _Sums:
 
         return read
 
-    def take(self) -> None:
-        """Add the batch's sums: on the device in float64, where it has float64.
+    def take(self, sharing: bool) -> dict[str, _Sum]:
+        """The batch's sums: on the device in float64, where it has float64 and they go to no other process.
 
         Raises:
-            NumericalError: one is not finite; nothing is added.
+            NumericalError: one is not finite.
         """
         whole = {source: part.sums.isfinite().all() for source, part in self.parts.items()}
         where = next((flag.device for flag in whole.values()), None)
@@ -342,16 +363,22 @@ class _Sums:
             raise NumericalError(
                 f"site {source} gave NaN or infinity: check the model's weights, or use --dtype float32"
             )
+        taken = {}
         for source, part in self.parts.items():
-            host = part.sums.device.type == "mps"
-            wide = _Sum(
+            host = part.sums.device.type == "mps" or sharing
+            taken[source] = _Sum(
                 part.counts.cpu() if host else part.counts, (part.sums.cpu() if host else part.sums).double()
             )
-            if source in self.totals:
-                self.totals[source].add(wide)
-            else:
-                self.totals[source] = wide
         self.batch, self.parts = None, {}
+        return taken
+
+    def add(self, taken: Mapping[str, _Sum]) -> None:
+        """Add the sums of a batch."""
+        for source, part in taken.items():
+            if source in self.totals:
+                self.totals[source].add(part)
+            else:
+                self.totals[source] = part
 
     def finished(self) -> Statistics:
         host = {
@@ -548,20 +575,33 @@ def read_residual(
     lm: LanguageModel, sequences: Sequence[Sequence[int]], batch_size: BatchSize = "auto"
 ) -> Float[np.ndarray, "case layer hidden"]:
     """The residual stream at the last token after every layer, in float32."""
-    with residual_stream(lm, len(sequences)) as (found, take):
-        run_batches(lm, sequences, take, batch_size)
+    with residual_stream(lm, len(sequences)) as (found, rows):
+        run_batches(lm, sequences, rows.take, batch_size, options=PassOptions(keep=rows.keep))
     return found
+
+
+@dataclass(frozen=True)
+class AlsoRead:
+    """What is read of passes beside what they are made for.
+
+    Attributes:
+        take: Called behind the pass of a batch; what it returns is of that batch.
+        keep: Called with that, in every one of several processes.
+    """
+
+    take: Callable[[Batch], Any]
+    keep: Callable[[Any], None]
 
 
 @contextlib.contextmanager
 def residual_stream(
     lm: LanguageModel, count: int
-) -> Iterator[tuple[Float[np.ndarray, "case layer hidden"], Callable[[Batch], None]]]:
+) -> Iterator[tuple[Float[np.ndarray, "case layer hidden"], AlsoRead]]:
     """The residual stream at the last token after every layer, in float32, of sequences that are fed in the
     block, whatever else is read of the same passes.
 
-    Gives an array with a row for each of `count` sequences, and what fills in the rows of a batch, to be
-    called behind its pass. The passes have to run to their end.
+    Gives an array with a row for each of `count` sequences, and what fills in the rows of a batch. The passes
+    have to run to their end.
     """
     layers = lm.anatomy.layers
     seen: dict[int, torch.Tensor] = {}
@@ -573,16 +613,21 @@ def residual_stream(
 
         return after
 
-    def take(batch: Batch) -> None:
+    def take(batch: Batch) -> dict[int, Float[np.ndarray, "layer hidden"]]:
         last = torch.tensor(batch.lengths) - 1
-        for number, values in seen.items():
-            found[batch.indices, number] = (
-                values[torch.arange(len(last)), last.to(values.device)].float().cpu().numpy()
-            )
+        rows = [
+            values[torch.arange(len(last)), last.to(values.device)].float().cpu().numpy()
+            for _, values in sorted(seen.items())
+        ]
         seen.clear()
+        return dict(zip(batch.indices, np.stack(rows, 1), strict=True))
+
+    def put(rows: Mapping[int, Float[np.ndarray, "layer hidden"]]) -> None:
+        for index, row in rows.items():
+            found[index] = row
 
     with around(after={layer.module: keep(number) for number, layer in enumerate(layers)}):
-        yield found, take
+        yield found, AlsoRead(take, put)
 
 
 def estimate(

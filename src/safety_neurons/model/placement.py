@@ -17,6 +17,7 @@ import torch
 
 from safety_neurons import strict_json
 from safety_neurons.errors import ModelError, UsageError
+from safety_neurons.model import ranks
 
 QUANTISATIONS = ("none", "8bit", "4bit")
 """How weights may be kept: as they are, or in bitsandbytes 8 or 4 bits."""
@@ -147,8 +148,7 @@ class Placement:
         _quantised(arguments)
         placed = bool({"device_map", "quantization_config"} & arguments.keys())
         if chosen is None:
-            fastest = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            return cls(None if placed else fastest, arguments)
+            return cls(None if placed else ranks.fastest(), arguments)
         found = _present(chosen)
         if placed:
             arguments["device_map"] = {"": str(found)}

@@ -291,6 +291,19 @@ class Votes:
             **{f"votes.{key}": counts.copy() for key, counts in self._counts.items()},
         }
 
+    def merge(self, state: Mapping[str, np.ndarray]) -> None:
+        """Counts also what other prompts have voted, as `state` returned it.
+
+        Raises:
+            NeuronError: the state is of other keys or sizes.
+        """
+        other = Votes({key: len(counts) for key, counts in self._counts.items()})
+        other.restore(state)
+        self._prompts += other._prompts
+        for key, counts in other._counts.items():
+            self._counts[key] += counts
+            self._seen[key] += other._seen[key]
+
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
         """Goes on from what `state` returned; other entries of the mapping are ignored.
 

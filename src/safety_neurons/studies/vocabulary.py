@@ -22,6 +22,7 @@ from safety_neurons.model import LanguageModel, run_batches, token_log_probabili
 from safety_neurons.model.batches import Batch, BatchSize
 from safety_neurons.model.hooks import reading
 from safety_neurons.model.likelihood import vocabulary_scores
+from safety_neurons.model.passes import in_order
 from safety_neurons.model.sites import AttentionAnatomy
 from safety_neurons.neurons import NeuronSet, Scores, parse_key
 from safety_neurons.prompt_lists import Prompts, as_prompts
@@ -404,7 +405,6 @@ def _peaks(
     columns: dict[str, list[int]] = {}
     for key, index in neurons:
         columns.setdefault(key, []).append(index)
-    found: dict[int, Peaks] = {}
 
     def reader(key: str) -> Callable[[Tensor], None]:
         def keep(activation: Tensor) -> None:
@@ -412,7 +412,8 @@ def _peaks(
 
         return keep
 
-    def per_batch(batch: Batch) -> None:
+    def per_batch(batch: Batch) -> dict[int, Peaks]:
+        found = {}
         stacked = torch.stack([held[key][..., columns[key].index(index)] for key, index in neurons], -1)
         for row, (index, length) in enumerate(zip(batch.indices, batch.lengths, strict=True)):
             part = stacked[row, :length].cpu()
@@ -421,10 +422,10 @@ def _peaks(
             found[index] = Peaks(
                 part.mean(0).numpy(), values, {name: end.indices.numpy() for name, end in ends.items()}
             )
+        return found
 
     with reading(model.anatomy, {key: reader(key) for key in columns}):
-        run_batches(model, sequences, per_batch, batch_size)
-    return [found[number] for number in range(len(sequences))]
+        return in_order(run_batches(model, sequences, per_batch, batch_size))
 
 
 def _context(model: LanguageModel, ids: Sequence[int], position: int) -> Mapping[str, Any]:

@@ -19,6 +19,7 @@ from safety_neurons.errors import InputError, ModelError, UsageError
 from safety_neurons.model import BatchSize, LanguageModel, forward, hooks, run_batches
 from safety_neurons.model.batches import Batch, collate
 from safety_neurons.model.likelihood import widened
+from safety_neurons.model.passes import in_order
 from safety_neurons.prompt_lists import Prompt, Prompts
 from safety_neurons.suites.attacks import DEFAULT_OPENING, AttackPrompt, Attacks
 
@@ -415,23 +416,18 @@ class _Hunt:
         """Mean negative log likelihood of the target behind every prompt, and whether it is the greedy
         answer.
         """
-        results: dict[int, tuple[float, bool]] = {}
         targets = torch.tensor([self.target_ids])
 
-        def per_batch(batch: Batch) -> None:
+        def per_batch(batch: Batch) -> dict[int, tuple[float, bool]]:
             assert batch.output is not None
             starts = [length - len(self.target_ids) for length in batch.lengths]
             losses, greedy = _losses(batch.output, starts, targets.to(batch.output.device))
-            for index, loss, same in zip(
-                batch.indices, losses.double().tolist(), greedy.tolist(), strict=True
-            ):
-                results[index] = (loss, same)
+            found = zip(losses.double().tolist(), greedy.tolist(), strict=True)
+            return dict(zip(batch.indices, found, strict=True))
 
         whole = [[*ids, *self.target_ids] for ids in sequences]
-        run_batches(self.lm, whole, per_batch, self.how.batch_size, True)
-        return [results[index][0] for index in range(len(whole))], [
-            results[index][1] for index in range(len(whole))
-        ]
+        results = in_order(run_batches(self.lm, whole, per_batch, self.how.batch_size, True))
+        return [loss for loss, _ in results], [same for _, same in results]
 
     def _attack(self, best: Suffixed, first: float, last: float, steps: int, matched: bool) -> AttackPrompt:
         prompt = self.prompt

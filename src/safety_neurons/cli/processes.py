@@ -1,0 +1,145 @@
+"""Several processes that do one command together (`torchrun`, `accelerate launch`): which speaks, where each
+keeps what the run's folder holds, and how they end.
+
+Rank 0 writes the folder and prints. The others work on a copy of what the folder held at the start, in a
+temporary folder of their own, so that no rule of a study has to know of them, and no file is read while
+another process writes it.
+"""
+
+import os
+import pathlib
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+from safety_neurons.errors import UsageError
+
+TOGETHER = frozenset({"find", "verify", "compare", "evaluate", "analyze", "guard fit", "guard evaluate"})
+"""Verbs, or groups of verbs, whose batches several processes share."""
+_OWN: list[Any] = []
+"""This process's standard output and error, while nothing may be said on them."""
+_PLACES: list[str] = []
+"""Temporary folders to remove."""
+
+
+def launched() -> int:
+    """Processes that a launcher started for this command; 1 without one."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    return int(size) if "RANK" in os.environ and size.isdigit() else 1
+
+
+def hush() -> None:
+    """Say nothing in any process but rank 0, until `speaks`."""
+    if launched() > 1 and os.environ["RANK"] != "0":
+        _OWN[:] = sys.stdout, sys.stderr
+        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - to the end
+
+
+def meet(words: str) -> None:
+    """Join the other processes, where there are some, for a verb that they can share.
+
+    Raises:
+        UsageError: a verb that one process does alone. RunError: the others do not come.
+    """
+    if launched() == 1:
+        return
+    if not {words, words.split()[0]} & TOGETHER:
+        raise UsageError(
+            f"{words} is done by one process, and {launched()} were started; expected it without torchrun or "
+            f"accelerate launch: safety-neurons {words}"
+        )
+    from safety_neurons.model import ranks
+
+    signal.signal(signal.SIGTERM, _told_to_end)
+    ranks.join()
+
+
+def _told_to_end(*_: object) -> None:
+    """What a launcher sends when another process has died: end as if interrupted, so that work is kept."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def _ranks() -> Any:
+    """The module of ranks, where the processes have met."""
+    module = sys.modules.get("safety_neurons.model.ranks")
+    return module if module is not None and module.joined() else None
+
+
+def speaks() -> bool:
+    """Whether this process says why the command ends; the first that fails does, and rank 0 before others."""
+    if launched() == 1:
+        return True
+    ranks = _ranks()
+    if ranks is None and os.environ["RANK"] != "0":
+        time.sleep(5)  # A launcher ends the others as soon as one has: rank 0 is to have said why by then.
+        return False
+    if ranks is not None and ranks.silent():
+        return False
+    if _OWN:
+        sys.stdout, sys.stderr = _OWN
+    return True
+
+
+def gone() -> str | None:
+    """The process that has ended without a word, in words; None where there is none."""
+    ranks = _ranks()
+    return None if ranks is None else ranks.gone()
+
+
+def part(exit_code: int = 0) -> None:
+    """Part from the others at the end of a command."""
+    while _PLACES:
+        shutil.rmtree(_PLACES.pop(), ignore_errors=True)
+    ranks = _ranks()
+    if ranks is not None and ranks.waiting():  # A thread that waits for the others may do so for ever.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
+    if ranks is not None:
+        ranks.leave()
+
+
+def folder(opened: Callable[[pathlib.Path], Any], out: Callable[[], pathlib.Path]) -> Any:
+    """The run's folder: rank 0's own, and for others one in which lies what that held.
+
+    Args:
+        opened: opens the run in a folder.
+        out: the folder of the run.
+    """
+    ranks = _ranks()
+    if ranks is None:
+        return opened(out())
+    runs: list[Any] = []
+
+    def first() -> dict[str, bytes]:
+        runs.append(opened(out()))
+        return _content(runs[0])
+
+    files = ranks.once(first)
+    if runs:
+        return runs[0]
+    _PLACES.append(tempfile.mkdtemp(prefix="safety-neurons-"))
+    for name, content in files.items():
+        place = pathlib.Path(_PLACES[-1], name)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(content)
+    return opened(pathlib.Path(_PLACES[-1]))
+
+
+def _content(run: Any) -> dict[str, bytes]:
+    """By name the files from which a run goes on; of a finished one the record, and its other files empty."""
+    from safety_neurons.results.run import ANSWERED_BY, CACHED, CONTINUED, RECORD
+
+    root = run.folder
+    parts = [
+        path for pattern in ("checkpoints/*.safetensors", f"{CACHED}/*.json") for path in root.glob(pattern)
+    ]
+    names = {*run.record["files"], *CONTINUED, ANSWERED_BY, *(str(path.relative_to(root)) for path in parts)}
+    there = [root / name for name in sorted(names) if (root / name).is_file()]
+    files = {str(path.relative_to(root)): b"" if run.finished else path.read_bytes() for path in there}
+    return {**files, RECORD: (root / RECORD).read_bytes()}
