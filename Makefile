@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 JOBS   ?= 2
 
-.PHONY: demo test real real-study check format bench faults wheel clean
+.PHONY: demo test real real-study check format bench faults fuzz wheel clean
 .DEFAULT_GOAL := test
 
 # torch first and alone: its pin keeps a later resolver step from choosing another build.
@@ -48,6 +48,10 @@ bench: $(STAMP)
 # Kills every long verb at random moments and file operations; KILLS=50 takes an hour on two cores. See docs/reliability.md.
 faults: $(STAMP)
 	cd benchmarks && OMP_NUM_THREADS=1 ../$(BIN)/python faults.py --kills $(or $(KILLS),10)
+
+# Damaged files for every reader: SECONDS of each, at most a million. What went wrong is kept in benchmarks/fuzz-faults.
+fuzz: $(STAMP)
+	cd benchmarks && OMP_NUM_THREADS=1 nice ../$(BIN)/python fuzz.py --seconds $(or $(SECONDS),60)
 
 wheel: $(STAMP)
 	$(BIN)/python -m build --wheel

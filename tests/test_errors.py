@@ -33,3 +33,9 @@ def test_an_option_is_named_as_an_argument_outside_of_the_command_line_only(mess
             raise error
         assert str(error) == message
     assert str(error) == in_python
+
+
+@pytest.mark.parametrize("sign", ["\n", "\r\n", "\x0b", "\x85", "\u2028", " \n\n "])
+def test_a_message_is_one_line_whatever_another_library_says(sign):
+    error = InputError(f"cannot read 'a{sign}b' (invalid JSON{sign}here); copy it again")
+    assert str(error) == "cannot read 'a b' (invalid JSON here); copy it again"

@@ -23,6 +23,8 @@ _OPTION = re.compile(r"`[^`]*`|(?<!\w)'[^']*'|\"[^\"]*\"|(?<![^\s(,])--([a-z][a-
 
 What stands in quotes is a user's text or a whole command, and is no option.
 """
+_BREAKS = re.compile(r"\s*[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]\s*")
+"""What ends a line, in a name or in the words of another library."""
 _on_command_line = False
 
 
@@ -45,13 +47,13 @@ class SafetyNeuronsError(Exception):
 
     Its message names an option as `--top-per-matrix`. Every verb is a Python call with the same words, so
     that outside of the command line the same message names the argument, `top_per_matrix`: advice is never in
-    words that are not there.
+    words that are not there. It is one line, whatever names and other libraries' words it holds.
     """
 
     exit_code = 1
 
     def __str__(self) -> str:
-        text = super().__str__()
+        text = _BREAKS.sub(" ", super().__str__()).strip()
         if _on_command_line:
             return text
         return _OPTION.sub(lambda found: found[1].replace("-", "_") if found[1] else found[0], text)

@@ -400,6 +400,7 @@ def test_an_adapter_that_repeats_layers_runs_unmerged_and_is_not_merged(folders,
         {"target_modules": "("},
         {"r": 10**9},
         {"rank_pattern": {"q_proj": 10**9}},
+        {"rank_pattern": True},
     ],
 )
 def test_an_adapters_configuration_that_would_not_come_to_an_end_is_refused(folders, tmp_path, entries):

@@ -3,6 +3,7 @@
 Nnsight paths.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -118,6 +119,21 @@ def test_the_converters_of_the_documentation_give_files_that_are_read(tmp_path, 
     found = read_weights("wanda.pt")
     assert found.keys() == expected.keys()
     assert all(np.array_equal(found[name], values.numpy()) for name, values in expected.items())
+
+
+def test_any_damage_of_what_torch_saved_is_one_error(tmp_path):
+    torch.save({"a": torch.ones(2)}, tmp_path / "whole.pt")
+    whole = (tmp_path / "whole.pt").read_bytes()
+    start = whole.index(b"\x80\x02")  # of the pickle in the archive
+    refused = 0
+    for place in range(start, start + 160, 2):
+        for byte in (b"u", b"R", b"."):  # SETITEMS, REDUCE, STOP
+            (tmp_path / "a.pt").write_bytes(whole[:place] + byte + whole[place + 1 :])
+            with contextlib.suppress(NeuronError):
+                read_torch(tmp_path / "a.pt")
+                refused -= 1
+            refused += 1
+    assert refused > 50
 
 
 def test_small_files_that_claim_much_memory_are_refused(tmp_path):

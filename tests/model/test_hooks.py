@@ -16,6 +16,7 @@ from families import build, random_ids
 from safety_neurons.errors import DecodeError, MismatchError, UnsupportedModelError
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.anatomy import resolve
+from safety_neurons.model.batches import has_hooks
 from safety_neurons.model.hooks import around, editing, reading, with_forwards
 from safety_neurons.model.proof import prove
 from safety_neurons.model.sites import Anatomy
@@ -147,6 +148,118 @@ def test_a_site_that_never_comes_by_is_an_error(anatomy: Anatomy) -> None:
         with_forwards(replaced),
     ):
         run(anatomy)
+
+
+def replaced_forward(module, function):
+    module.forward = function
+    return module
+
+
+def replayed(model):
+    """What a captured step does: the last output again, without running a module."""
+    earlier, kept = model.forward, {}
+
+    def forward(*args, **kwargs):
+        ids = kwargs["input_ids"]
+        if ids.shape[1] > 1 or "output" not in kept:
+            kept["output"] = earlier(*args, **kwargs)
+        return kept["output"]
+
+    forward.__module__ = "torch.cuda.graphs"
+    model.forward = forward
+
+
+def unhooked_call(layers):
+    """A parent that calls the forwards of its layers and not the layers."""
+    for layer in layers:
+        layer.__class__ = type(
+            layer.__class__.__name__, (layer.__class__,), {"__call__": layer.__class__.forward}
+        )
+
+
+SWALLOWED = {
+    "a layer by a kernel": (
+        lambda model: replaced_forward(model.model.layers[1], lambda hidden_states, **_: hidden_states),
+        r"layers\.1\.down never came by .*: model\.layers\.1 runs \S+<lambda> in the place of its forward",
+    ),
+    "a projection by its parent": (
+        lambda model: fused(model.model.layers[1].mlp, only_decoding=True),
+        r"layers\.1\.down never came by in pass 2, 1 tokens a row .*: model\.layers\.1\.mlp runs ",
+    ),
+    "a decoding step by a graph": (replayed, "never came by .*: the model replays a CUDA graph"),
+    "a step of the decoder": (
+        lambda model: replayed(model.model),
+        "never came by .*: model replays a CUDA graph",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SWALLOWED)
+@pytest.mark.parametrize("act", [reading, editing])
+def test_a_hook_that_is_swallowed_in_one_pass_of_many_is_refused_by_the_name_of_what_did_it(act, case):
+    swallow, said = SWALLOWED[case]
+    model = tiny_llama(hidden_size=16, intermediate_size=24)
+    anatomy = resolve(model)
+    swallow(model)
+    function = (lambda _: None) if act is reading else torch.clone
+    with (
+        pytest.raises(UnsupportedModelError, match=said) as refused,
+        act(anatomy, {"layers.1.down": function}),
+    ):
+        model.generate(torch.tensor([[4, 5, 6]]), max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    assert "\n" not in str(refused.value)
+    assert hooks_on(model) == 0
+
+
+def test_layers_that_are_called_past_their_hooks_show_their_sites_and_are_refused_for_what_is_at_their_ends():
+    model = tiny_llama(hidden_size=16, intermediate_size=24)
+    anatomy, seen = resolve(model), []
+    unhooked_call(model.model.layers[1:])
+    ids = torch.tensor([[4, 5, 6]])
+    with reading(anatomy, {"layers.1.down": seen.append}):
+        model(input_ids=ids)
+    assert len(seen) == 1
+    ends = dict.fromkeys((layer.module for layer in anatomy.layers), seen.append)
+    with (
+        pytest.raises(UnsupportedModelError, match="1 of 2 modules ran without their hooks"),
+        around(after=ends, each=True),
+    ):
+        model(input_ids=ids)
+
+
+def test_a_projection_that_runs_twice_in_a_pass_is_refused():
+    model = tiny_llama(hidden_size=16, intermediate_size=24)
+    anatomy, mlp = resolve(model), model.model.layers[0].mlp
+    replaced_forward(mlp, lambda x: (mlp.down_proj(mlp.up_proj(x)), mlp.down_proj(mlp.up_proj(x)))[1])
+    with (
+        pytest.raises(UnsupportedModelError, match=r"layers\.0\.down came by 2 times in pass 1, 3 tokens"),
+        reading(anatomy, {"layers.0.down": print}),
+    ):
+        model(input_ids=torch.tensor([[4, 5, 6]]))
+
+
+@pytest.mark.parametrize("part", ["layers.0", "layers.0.mlp", "layers.1.mlp.down_proj"])
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_compiled_part_is_refused_by_its_name(part, in_place):
+    model = tiny_llama(hidden_size=16, intermediate_size=24)
+    anatomy = resolve(model)
+    if in_place:
+        model.model.get_submodule(part).compile(backend="eager")
+    else:
+        model.model.set_submodule(part, torch.compile(model.model.get_submodule(part), backend="eager"))
+    with (
+        pytest.raises(UnsupportedModelError, match=rf"compiled model arrived \(model\.{part}"),
+        reading(anatomy, {"layers.0.down": print}),
+    ):
+        pass
+
+
+def test_counting_hooks_do_not_make_a_pass_of_the_decoder_one_of_the_whole_model(anatomy):
+    with reading(anatomy, {"layers.0.down": lambda _: None}):
+        assert hooks_on(anatomy.model) > 0
+        assert not has_hooks(anatomy.model)
+    with around(anatomy.model, after=lambda _: None):
+        assert has_hooks(anatomy.model)
 
 
 def test_a_compiled_model_is_refused(anatomy: Anatomy) -> None:

@@ -1,3 +1,4 @@
+import contextlib
 import gzip
 import importlib.util
 import json
@@ -398,6 +399,13 @@ BAD = {
         "the column 'messages' is empty in all 1 rows",
     ),
 }
+
+
+@pytest.mark.parametrize("first", ['sep="', '"sep="', '"sep="";"', "sep=", "sep=;;"])
+def test_a_separator_that_is_none_is_a_line_like_others(write, first):
+    path = write("a.csv", f"{first}\nprompt\nhow do i knit\n".encode())
+    with contextlib.suppress(InputError):
+        assert prompts(path)
 
 
 @pytest.mark.parametrize("case", BAD)

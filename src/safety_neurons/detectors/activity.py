@@ -238,7 +238,7 @@ def pooled_activations(
     )
     with (
         hooks.reading(model.anatomy, {key: keep(key) for key in names}),
-        hooks.around(after=layers),
+        hooks.around(after=layers, each=True),
         stream.kept(prepare),
     ):
         run_batches(

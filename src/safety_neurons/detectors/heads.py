@@ -52,7 +52,7 @@ def divergences(lm: LanguageModel, batch: Batch, keys: list[str]) -> dict[str, F
     outputs: dict[int, Any] = {}
     layers = {layer.index: layer.module for layer in lm.anatomy.layers}
     kept = {module: partial(outputs.__setitem__, number) for number, module in layers.items()}
-    with hooks.around(after=kept):
+    with hooks.around(after=kept, each=True):
         whole = next_token(lm, batch)
     result = {}
     for key in keys:

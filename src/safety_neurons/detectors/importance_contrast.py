@@ -590,7 +590,7 @@ class SoftSwap:
         before = {module: self._entering(module, places) for module, places in by_module.items()}
         after = {module: self._leaving(module, places) for module, places in by_module.items()}
         try:
-            with around(before=before, after=after):
+            with around(before=before, after=after, each=True):
                 yield
         finally:
             self._inputs.clear()

@@ -111,7 +111,9 @@ def refuse_patterns(path: Path, config: Mapping[str, Any]) -> None:
     for name in ("layers_pattern", "modules_to_save", "rank_pattern", "alpha_pattern"):
         value = config.get(name)
         patterns += (
-            [value] if isinstance(value, str) else [part for part in value or () if isinstance(part, str)]
+            [value]
+            if isinstance(value, str)
+            else [part for part in (value if isinstance(value, list | dict) else ()) if isinstance(part, str)]
         )
     for pattern in patterns:
         if not _comes_to_an_end(pattern):

@@ -380,7 +380,10 @@ def has_hooks(module: nn.Module) -> bool:
     replaced = "forward" in vars(module) and not hasattr(
         module, "_hf_hook"
     )  # accelerate replaces every forward, harmlessly
-    return bool(module._forward_hooks or module._forward_pre_hooks or replaced)
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return replaced or any(
+        not getattr(getattr(hook, "__self__", None), "ONLY_COUNTS", False) for hook in hooks
+    )
 
 
 IGNORED = -100

@@ -13,7 +13,6 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -293,19 +292,6 @@ CONVERTED = "docs/exchange.md says how to convert pickles that you trust"
 _OF_TORCH = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"
 """First bytes of what `torch.save` wrote before it wrote archives."""
 
-_UNREADABLE = (
-    UnpicklingError,
-    RuntimeError,
-    EOFError,
-    OSError,
-    ValueError,
-    KeyError,
-    AttributeError,
-    TypeError,
-    MemoryError,
-    zipfile.BadZipFile,
-)
-
 
 def read_torch(path: str | pathlib.Path) -> Any:
     """What `torch.save` wrote, tensors as arrays.
@@ -321,7 +307,7 @@ def read_torch(path: str | pathlib.Path) -> Any:
             return _Arrays(pathlib.Path(path).stat().st_size).of(_loaded(stream))
     except NeuronError as error:
         raise NeuronError(f"cannot read {str(path)!r} safely: {error}") from error
-    except _UNREADABLE as error:
+    except Exception as error:  # torch's reader raises whatever damaged bytes lead it into
         raise NeuronError(
             f"cannot read {str(path)!r} safely ({first_line(error)[:100]}); expected tensors in plain "
             "containers"
@@ -369,7 +355,9 @@ def read_named(path: str | pathlib.Path) -> dict[str, Any]:
             return {
                 name: _Arrays(source.stat().st_size).of(tensor) for name, tensor in load_file(source).items()
             }
-        except (SafetensorError, *_UNREADABLE) as error:
+        except NeuronError:
+            raise
+        except Exception as error:  # as above, also of numpy and safetensors
             raise NeuronError(
                 f"cannot read {str(source)!r} ({str(error)[:100]}); expected named tensors"
             ) from error

@@ -11,6 +11,7 @@ spaced.
 """
 
 import contextlib
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from safety_neurons.errors import UnsupportedModelError, UsageError
+from safety_neurons.model.batches import decoder_of
 from safety_neurons.model.sites import (
     Anatomy,
     ExpertRows,
@@ -63,11 +65,13 @@ class Firings:
     """What came by while hooks were on.
 
     Attributes:
+        anatomy: of the model that runs.
         passes: forward passes through the first layer.
         shape: rows and tokens of the pass in progress.
         counts: how often each key came by.
     """
 
+    anatomy: Anatomy
     passes: int = 0
     shape: tuple[int, int] = (0, 0)
     counts: dict[str, int] = field(default_factory=dict)
@@ -81,17 +85,58 @@ class Firings:
         """
         silent = [key for key, count in self.counts.items() if count == 0]
         if silent and (self.passes or ran):
-            raise skipped(silent, f"in {self.passes} forward passes through the first layer")
+            raise skipped(
+                silent, f"in {self.passes} forward passes through the first layer", self.blame(silent[0])
+            )
+
+    def blame(self, key: str) -> str:
+        """What stands between a site and its hook."""
+        layer = self.anatomy.layers[int(key.split(".")[1])]
+        place = self.anatomy.places.get(key)
+        return _in_the_way(self.anatomy.model, layer.module if place is None else place.hooked)
 
 
-def skipped(keys: list[str], when: str) -> UnsupportedModelError:
-    """The error that says which sites never came by, and what to do."""
+def skipped(keys: Sequence[str], when: str, blame: str = "") -> UnsupportedModelError:
+    """The error that says which sites never came by, what stands in the way, and what to do."""
     remedy = "switch off torch.compile, CUDA graphs and replaced kernels or forwards for this model"
     if ".experts." in keys[0]:
         remedy = "call model.set_experts_implementation('grouped_mm')"
     return UnsupportedModelError(
-        f"{keys[0]} never came by {when} ({len(keys)} such sites), each was expected to; {remedy}"
+        f"{keys[0]} never came by {when} ({len(keys)} such sites), each was expected to"
+        f"{blame and ': '}{blame}; {remedy}"
     )
+
+
+def _in_the_way(model: nn.Module, module: nn.Module) -> str:
+    """The outermost module around a hooked one that does not run the `forward` of its class, or the one that
+    the hooked one was left out of.
+    """
+    names = {id(part): name for name, part in model.named_modules(remove_duplicate=False)}
+    path = names.get(id(module), "").split(".")
+    around_it = [".".join(path[:length]) for length in range(len(path) + 1)]
+    for name in around_it:
+        part = model.get_submodule(name)
+        if (how := _replaced(part)) and not hasattr(part, "_hf_hook"):
+            return f"{name or 'the model'} {how}"
+    parent = model.get_submodule(around_it[-2]) if len(around_it) > 1 else model
+    return f"the {type(parent).__name__} around {around_it[-1] or 'it'} ran without calling it as a module"
+
+
+def _replaced(module: nn.Module) -> str:
+    """What runs in the place of a module's own `forward`; empty where nothing does."""
+    facts = vars(module)
+    forward = facts.get("forward")
+    if (
+        facts.get("_compiled_call_impl") is not None
+        or "_orig_mod" in facts.get("_modules", ())
+        or hasattr(forward, "_torchdynamo_orig_callable")
+    ):
+        return "is compiled"
+    source = str(getattr(forward, "__module__", None) or type(forward).__module__)
+    if forward is not None and source.startswith("torch.cuda"):
+        return "replays a CUDA graph"
+    named = getattr(forward, "__qualname__", type(forward).__name__)
+    return "" if forward is None else f"runs {source}.{named} in the place of its forward"
 
 
 @contextmanager
@@ -155,7 +200,7 @@ class Reading:
     def __init__(self, anatomy: Anatomy, readers: Mapping[str, Reader]) -> None:
         refuse_compiled(anatomy.model)
         dense, self._experts = _sorted_out(anatomy, readers)
-        self.firings = Firings(counts=dict.fromkeys(readers, 0))
+        self.firings = Firings(anatomy, counts=dict.fromkeys(readers, 0))
         self._registrations: list[tuple[Callable[..., Any], Callable[..., Any], dict[str, Any]]] = []
         if readers:
             first = anatomy.layers[0].module
@@ -210,6 +255,7 @@ def around(
     *,
     before: Before | Mapping[nn.Module, Before] | None = None,
     after: After | Mapping[nn.Module, After] | None = None,
+    each: bool = False,
 ) -> Iterator[None]:
     """Call functions at the boundaries of modules: to see inputs with their keywords, to run a donor beside a
     model, to cut its rows.
@@ -218,13 +264,29 @@ def around(
         module: the module that plain functions are for.
         before: a function for `module`, or functions by module.
         after: the same.
+        each: where one of the modules runs in the block, all do.
+
+    Raises:
+        UnsupportedModelError: with `each`, a module that ran without its hooks or not at all.
     """
+    silent: dict[nn.Module, None] = {}
     with ExitStack() as stack:
         for part, enter in _by_module(module, before).items():
-            stack.callback(part.register_forward_pre_hook(_entering(enter), with_kwargs=True).remove)
+            silent[part] = None
+            stack.callback(part.register_forward_pre_hook(_entering(enter, silent), with_kwargs=True).remove)
         for part, leave in _by_module(module, after).items():
-            stack.callback(part.register_forward_hook(_leaving(leave)).remove)
+            silent[part] = None
+            stack.callback(part.register_forward_hook(_leaving(leave, silent)).remove)
+        hooked = len(silent)
         yield
+    if each and 0 < len(silent) < hooked:
+        part = next(iter(silent))
+        why = _replaced(part) or "its parent calls past its __call__"
+        raise UnsupportedModelError(
+            f"{len(silent)} of {hooked} modules ran without their hooks, each was expected to call them; of "
+            f"the first, a {type(part).__name__}: {why}; switch off torch.compile, CUDA graphs and replaced "
+            "kernels or forwards for this model"
+        )
 
 
 def _by_module(module: nn.Module | None, functions: Any) -> Mapping[nn.Module, Any]:
@@ -234,12 +296,20 @@ def _by_module(module: nn.Module | None, functions: Any) -> Mapping[nn.Module, A
     return {module: functions}
 
 
-def _entering(function: Before) -> Callable[..., Any]:
-    return lambda _, args, kwargs: function(args, kwargs)
+def _entering(function: Before, silent: dict[nn.Module, None]) -> Callable[..., Any]:
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        silent.pop(module, None)
+        return function(args, kwargs)
+
+    return enter
 
 
-def _leaving(function: After) -> Callable[..., Any]:
-    return lambda _, __, output: function(output)
+def _leaving(function: After, silent: dict[nn.Module, None]) -> Callable[..., Any]:
+    def leave(module: nn.Module, _: Any, output: Any) -> Any:
+        silent.pop(module, None)
+        return function(output)
+
+    return leave
 
 
 @contextmanager
@@ -344,7 +414,7 @@ def _put_back(module: nn.Module, name: str, earlier: Any) -> None:
 def _hooked(anatomy: Anatomy, functions: Mapping[str, Callable[[Any], Any]], edit: bool) -> Iterator[Firings]:
     refuse_compiled(anatomy.model)
     dense, experts = _sorted_out(anatomy, functions)
-    firings = Firings(counts=dict.fromkeys(functions, 0))
+    firings = Firings(anatomy, counts=dict.fromkeys(functions, 0))
     with ExitStack() as stack:
         if functions:
             stack.callback(
@@ -364,37 +434,67 @@ def _hooked(anatomy: Anatomy, functions: Mapping[str, Callable[[Any], Any]], edi
 
 @contextmanager
 def _counted(anatomy: Anatomy, firings: Firings) -> Iterator[None]:
-    """Every call of a layer is held to show all its sites: a kernel may skip hooks only while decoding, or
-    only for some shapes.
+    """Every call of a layer is held to show each of its sites once, every call of the decoder and of the
+    model to show all sites: a kernel may skip hooks only while decoding, or only for some shapes, and a
+    captured step runs nothing that is hooked.
     """
+    if not firings.counts:
+        yield
+        return
     by_layer: dict[int, list[str]] = {}
     for key in firings.counts:
         by_layer.setdefault(int(key.split(".")[1]), []).append(key)
-    checks = {anatomy.layers[number].module: _LayerCheck(firings, keys) for number, keys in by_layer.items()}
-    before = {module: check.begin for module, check in checks.items()}
-    after = {module: check.end for module, check in checks.items()}
-    with around(before=before, after=after):
+    checks = {
+        anatomy.layers[number].module: _Check(firings, keys, once=True) for number, keys in by_layer.items()
+    }
+    for whole in (decoder_of(anatomy.model), unwrapped(anatomy.model)):  # either may be called past the other
+        checks.setdefault(whole, _Check(firings, list(firings.counts), once=False))
+    with ExitStack() as stack:
+        for module, check in checks.items():
+            # Behind the hooks of others, which may run another model's pass here.
+            stack.callback(module.register_forward_pre_hook(check.begin).remove)
+            stack.callback(module.register_forward_hook(check.end).remove)
         yield
 
 
-class _LayerCheck:
-    """Whether every site of a layer comes by between its beginning and its end."""
+class _Check:
+    """Counts how often sites come by between the beginning and the end of a module's call.
 
-    def __init__(self, firings: Firings, keys: list[str]) -> None:
-        self.firings, self.keys = firings, keys
-        self.seen: list[int] = []
+    Args:
+        firings: of the block.
+        keys: the sites.
+        once: whether each dense one comes by exactly once; otherwise at least once.
+    """
+
+    ONLY_COUNTS = True
+    """Its methods, as hooks, act on nothing (`batches.has_hooks`)."""
+
+    def __init__(self, firings: Firings, keys: Sequence[str], *, once: bool) -> None:
+        self.firings, self.keys, self.once = firings, list(keys), once
+        self.seen = self._counts()
+
+    def _counts(self) -> list[int]:
+        return [self.firings.counts[key] for key in self.keys]
 
     def begin(self, *_: Any) -> None:
         """Note how often each site came by so far."""
-        self.seen = [self.firings.counts[key] for key in self.keys]
+        self.seen = self._counts()
 
-    def end(self, _: Any) -> None:
-        """Raise an error for sites that did not come by."""
-        silent = [
-            key for key, count in zip(self.keys, self.seen, strict=True) if self.firings.counts[key] == count
-        ]
+    def end(self, *_: Any) -> None:
+        """Raise an error for sites that did not come by, or came by too often."""
+        times = list(map(operator.sub, self._counts(), self.seen))
+        if min(times) == max(times) == 1:
+            return
+        when = f"in pass {self.firings.passes}, {self.firings.shape[1]} tokens a row"
+        silent = [key for key, count in zip(self.keys, times, strict=True) if count == 0]
         if silent:
-            raise skipped(silent, f"in pass {self.firings.passes}, {self.firings.shape[1]} tokens a row")
+            raise skipped(silent, when, self.firings.blame(silent[0]))
+        for key, count in zip(self.keys, times, strict=True):
+            if self.once and count > 1 and ".experts." not in key:
+                raise UnsupportedModelError(
+                    f"{key} came by {count} times {when}, once was expected; switch off kernels or forwards "
+                    "that run a projection again, such as checkpointing of activations"
+                )
 
 
 @contextmanager

@@ -626,7 +626,8 @@ def residual_stream(
         for index, row in rows.items():
             found[index] = row
 
-    with around(after={layer.module: keep(number) for number, layer in enumerate(layers)}):
+    after = {layer.module: keep(number) for number, layer in enumerate(layers)}
+    with around(after=after, each=True):
         yield found, AlsoRead(take, put)
 
 

@@ -612,8 +612,8 @@ def _shown(keys: list[str]) -> str:
 
 def _table(text: str, delimiter: str, name: str, column: str | None, notes: list[str]) -> Iterator[Row]:
     first = text[: text.find("\n") + 1 or len(text)].rstrip("\r\n")
-    if re.fullmatch(r'"?sep=.;?"?', first):
-        delimiter = first.strip('"')[4]
+    if named := re.fullmatch(r'"?sep=([^"]);?"?', first):
+        delimiter = named[1]
         notes.append(f"cells are separated by {delimiter!r}, as the first line says")
         text = text[len(first) :].removeprefix("\r").removeprefix("\n")
     cells = _Cells(text, delimiter, name)
