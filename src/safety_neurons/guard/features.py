@@ -564,10 +564,8 @@ def read_poolings(
         values = {key: rows.to("cpu", torch.float32).numpy() for key, rows in collector.result().items()}
         return batch.indices, values, None if also is None else also.take(batch)
 
-    every_layer, told = also is not None, {"progress": progress, "notes": notes}
-    for indices, parts, beside in collect(
-        model, encoded, collector, take, batch_size, every_layer=every_layer, **told
-    ):
+    told: dict[str, Any] = {"progress": progress, "notes": notes, "every_layer": also is not None}
+    for indices, parts, beside in collect(model, encoded, collector, take, batch_size, **told):
         for pooling, values in parts.items():
             found[pooling][indices] = values
         if also is not None:
