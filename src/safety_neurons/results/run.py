@@ -148,14 +148,12 @@ def _restore(old: pathlib.Path) -> None:
 
 
 def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
+    os.umask(mask := os.umask(0))
     return mask
 
 
 def now() -> str:
-    """The time, UTC, ISO 8601; that of SOURCE_DATE_EPOCH (seconds since 1970) where it is set, so that files
-    can be made again.
+    """The time, UTC, ISO 8601; that of SOURCE_DATE_EPOCH (seconds since 1970) where it is set.
 
     Raises:
         InputError: SOURCE_DATE_EPOCH is no time.
@@ -411,10 +409,8 @@ class Checkpoint:
 
     @property
     def due(self) -> bool:
-        """Whether enough time went by since the last save, or since this object was made, for the next
-        one.
-        """
-        return self._clock() - self._last >= max(EVERY, self._cost / SHARE)
+        """Whether enough time went by since the last save, or the start, for the next one."""
+        return not 0 <= self._clock() - self._last < max(EVERY, self._cost / SHARE)  # a clock may go back
 
     def save(self, arrays: Mapping[str, np.ndarray], state: Mapping[str, Any]) -> None:
         """Writes arrays and state (JSON values) in one step.
@@ -611,7 +607,7 @@ class RunFolder:
         if name not in self._record["files"]:
             self._record["files"].append(name)
             if not self.finished:
-                self._write()
+                self._update()
         return target
 
     def write_json(self, name: str, value: Any) -> None:
@@ -660,7 +656,7 @@ class RunFolder:
         ]
         dropped = [name for name in self._record["files"] if name.startswith("checkpoints/")]
         self._record["files"] = left
-        self._write()
+        self._update()
         self._remove(dropped)
         self._lock.release()
 
@@ -691,6 +687,11 @@ class RunFolder:
 
     def _write(self) -> None:
         write_json(self.folder / RECORD, self._record)
+
+    def _update(self) -> None:
+        if not (self.folder / RECORD).is_file():
+            raise RunError(f"{str(self.folder)!r} is not there any more: start its run again")
+        self._write()
 
     def _read(self) -> dict[str, Any] | None:
         source = self.folder / RECORD
