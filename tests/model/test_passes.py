@@ -3,9 +3,6 @@
 Estimates against sizes.
 """
 
-import dataclasses
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -15,12 +12,11 @@ from hypothesis import strategies as st
 from families import build
 from rounding import additions, of_a_sum
 from safety_neurons.errors import InputError, MismatchError, ModelError, NumericalError, UsageError
-from safety_neurons.model import Halving, LanguageModel, activation_statistics, batches, estimate, run_batches
+from safety_neurons.model import Halving, LanguageModel, activation_statistics, batches, run_batches
 from safety_neurons.model.batches import collate, is_out_of_memory, next_token_rows, plan
 from safety_neurons.model.hooks import around, reading
 from safety_neurons.model.passes import FEW, PassOptions, reduced, reduced_by_group
-from safety_neurons.prompt_lists import Prompts
-from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
+from tiny import tiny_llama
 
 SEQUENCES = [[1, 5, 6, 7], [1, 9], [1, 20, 21, 22, 23, 24, 25], [1, 9, 8], [30]]
 
@@ -400,44 +396,3 @@ def test_groups_of_rows_reduce_to_the_sums_of_each_also_where_a_group_is_empty()
         for found, terms in zip(sums, (piece.double(), piece.double().square()), strict=True):
             bound = of_a_sum(terms.numpy(), torch.float32, before=1)
             torch.testing.assert_close(found.double(), terms.sum(0), rtol=0, atol=bound, msg=f"group {group}")
-
-
-PROMPTS = Prompts.from_list(["kill a tree", "help", "tell me about the water"])
-
-
-def test_an_estimate_adds_up_what_can_be_counted():
-    model = tiny_llama()
-    lm = LanguageModel(model, tiny_tokenizer(CHAT_TEMPLATE))
-    plan = estimate([lm], PROMPTS, max_new_tokens=4, batch_size=1)
-    assert plan.weights_bytes == sum(4 * parameter.numel() for parameter in model.parameters()) + sum(
-        buffer.numel() * buffer.element_size() for buffer in model.buffers()
-    )
-    assert (plan.prompts, plan.batches, plan.new_tokens, plan.truncated) == (3, 3, 12, 0)
-    assert plan.tokens == sum(len(item.ids) for item in lm.encode(PROMPTS)) + 12
-    assert plan.cache_bytes == 4 * 2 * 2 * 16 * (max(len(item.ids) for item in lm.encode(PROMPTS)) + 4)
-    assert plan.statistics_bytes == 8 * 3 * lm.table.n_neurons
-    assert plan.seconds > 0
-    assert plan.memory_bytes > plan.weights_bytes
-    json.dumps(dataclasses.asdict(plan))
-
-
-def test_views_of_one_model_count_their_weights_once_and_two_models_twice():
-    model, tokenizer = tiny_llama(), tiny_tokenizer(CHAT_TEMPLATE)
-    one = LanguageModel(model, tokenizer)
-    single = estimate([one], PROMPTS)
-    assert estimate([one, LanguageModel(model, tokenizer)], PROMPTS).weights_bytes == single.weights_bytes
-    assert (
-        estimate([one, LanguageModel(tiny_llama(seed=1), tokenizer)], PROMPTS).weights_bytes
-        == 2 * single.weights_bytes
-    )
-    assert single.cache_bytes == single.new_tokens == 0
-
-
-def test_an_estimate_reads_as_a_few_lines():
-    lm = LanguageModel(tiny_llama(max_position_embeddings=8), tiny_tokenizer(CHAT_TEMPLATE))
-    text = str(estimate([lm], Prompts.from_list(["kill " * 20])))
-    assert "1 prompts" in text
-    assert "1 prompts longer than the context" in text
-    assert "memory about" in text
-    assert "float32" in text
-    assert "disk about" in text

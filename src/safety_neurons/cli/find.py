@@ -11,10 +11,9 @@ from typing import Annotated, Any, ClassVar
 import typer
 from typer.main import get_command
 
-from safety_neurons.cli import console
 from safety_neurons.cli.session import OneModel, OtherText, PromptFile, Session, Some, TwoModels, named
 from safety_neurons.cli.verb import Contents, add, group
-from safety_neurons.declarations import Declaration, Incidental, Reads
+from safety_neurons.declarations import Declaration, Reads
 from safety_neurons.detectors.methods import METHODS, Method, installed
 from safety_neurons.errors import UsageError
 
@@ -107,16 +106,6 @@ class Foundation(Subtracting):
             raise UsageError(f"--minus names {twice[0]!r} twice; expected NAME=FILE with other names")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Planned(Declaration):
-    """A look ahead."""
-
-    PANEL: ClassVar[str | None] = "Running"
-
-    dry_run: Annotated[bool, Incidental] = False
-    """Print memory, time and disk, then stop."""
-
-
 def declared(method: type[Method]) -> dict[str, type[Declaration]]:
     """The declarations of a method's command."""
     return {
@@ -127,7 +116,6 @@ def declared(method: type[Method]) -> dict[str, type[Declaration]]:
         **({"other": Harmless} if method.HARMLESS != "none" else {}),
         **({"text": General} if method.GENERAL != "none" else {}),
         **({"given": Given} if method.COMPLETIONS else {}),
-        "planned": Planned,
     }
 
 
@@ -139,9 +127,7 @@ def command(method: type[Method]) -> Any:
     return get_command(holder)
 
 
-def find(
-    session: Session, method: Method, models: Declaration, planned: Planned, **_: Declaration
-) -> dict[str, Any] | None:
+def find(session: Session, method: Method, models: Declaration, **_: Declaration) -> dict[str, Any]:
     """Load what a method needs, run it, write scores and neurons, show them."""
     specs = list(models.values().values())
 
@@ -158,8 +144,6 @@ def find(
         session.notes.extend(result.notes)
         return keep(session, result)
 
-    if planned.dry_run:
-        return estimate(session, specs)
     return session.run(run)
 
 
@@ -262,18 +246,3 @@ def kept_sets(session: Session, specific: Any) -> dict[str, Any]:
     record = specific.record()
     rows = [{**row, "neurons": str(path)} for row, path in zip(record["minus"], paths[1:], strict=True)]
     return {**record, "chosen": str(paths[0]), "minus": rows}
-
-
-def estimate(session: Session, specs: Sequence[str]) -> dict[str, Any]:
-    """Memory, time and disk of a run that is not started."""
-    from safety_neurons.model import estimate as estimate_run
-    from safety_neurons.prompt_lists import prompts
-
-    models, options = load(session, specs), session.options
-    chosen = session.read("prompts", models[0], options["limit"]) if "prompts" in options else prompts([""])
-    plan = estimate_run(
-        models, chosen, max_new_tokens=options.get("max_new_tokens", 0), batch_size=session.batch_size()
-    )
-    if not session.common.json:
-        console.say(str(plan))
-    return dataclasses.asdict(plan)

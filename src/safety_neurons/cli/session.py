@@ -45,6 +45,8 @@ class RunOptions(Declaration):
     """Prompts per forward pass: auto or a number."""
     overwrite: Annotated[bool, Incidental] = False
     """Start a finished run again."""
+    dry_run: Annotated[bool, Incidental] = False
+    """Say what memory, time and disk it would take, from the models' config.json alone, and stop."""
     debug: Annotated[bool, Incidental] = False
     """Show the traceback of an error."""
 
@@ -358,11 +360,11 @@ class Session:
                 if path.startswith(NOT_A_FILE):
                     continue
                 if reads.kind == "prompts":
-                    prompts(path, **self._columns(reads))
+                    prompts(path, **self.columns(reads))
                 elif reads.kind in ("neurons", "scores"):
                     (NeuronSet if reads.kind == "neurons" else Scores).load(path)
 
-    def _columns(self, reads: Reads) -> dict[str, Any]:
+    def columns(self, reads: Reads) -> dict[str, Any]:
         """The columns that options name for these prompts and for their answers."""
         named_by = {"column": "column" if reads.column else "", "answer_column": reads.answers}
         return {name: self.options.get(option) if option else None for name, option in named_by.items()}
@@ -374,7 +376,7 @@ class Session:
         from safety_neurons.model import load
 
         with self.status(f"load {spec}"):
-            model = load(spec, **self._loading())
+            model = load(spec, **self.loading())
         self._remember(model)
         return model
 
@@ -383,7 +385,7 @@ class Session:
         from safety_neurons.model import load_pair
 
         with self.status(f"load {base} and {aligned}"):
-            pair = load_pair(base, aligned, **self._loading())
+            pair = load_pair(base, aligned, **self.loading())
         self._remember(pair.base, pair.aligned)
         return pair
 
@@ -392,7 +394,7 @@ class Session:
         from safety_neurons.model import load_several
 
         with self.status(f"load {' and '.join(specs)}"):
-            models = load_several(specs, **self._loading())
+            models = load_several(specs, **self.loading())
         self._remember(*models)
         return models
 
@@ -405,7 +407,7 @@ class Session:
         return (
             None
             if source is None or source in reads.words
-            else self.prompts(source, model, limit=limit, **self._columns(reads))
+            else self.prompts(source, model, limit=limit, **self.columns(reads))
         )
 
     def lists(self, name: str, model: Any, limit: int | None = None) -> list[Any]:
@@ -523,7 +525,8 @@ class Session:
         self.device = f"{model.device}, {str(model.dtype).removeprefix('torch.')}"
         self.hashes["model_fingerprint"] = model.fingerprint
 
-    def _loading(self) -> dict[str, Any]:
+    def loading(self) -> dict[str, Any]:
+        """How models are loaded, as `load` takes it."""
         common = self.common
         return {
             "device": common.device,

@@ -215,7 +215,10 @@ def command_of(
             common = parts.pop("common")
             assert isinstance(common, Common)
             processes.meet(words)
-            return function(Session(run, common, list(parts.values())), **parts)
+            session = Session(run, common, list(parts.values()))
+            if common.dry_run and run != "run":  # which passes it on to the verb that it repeats
+                return importlib.import_module("safety_neurons.cli.plans").plan(session)
+            return function(session, **parts)
 
         run_guarded(call, as_json=given["json"], debug=given["debug"])
 

@@ -84,6 +84,18 @@ class Method(Searched):
 
     A method of one's own defines `score` instead.
     """
+    WRITES: ClassVar[int] = 0
+    """Tokens that its models write for every prompt, to explain them, beside `--max-new-tokens`."""
+    STATISTICS: ClassVar[int] = 3
+    """float64 numbers that it keeps for every neuron searched."""
+
+    def passes(self, heads: int) -> float:  # noqa: ARG002
+        """How often each of its models reads a prompt, a backward pass counted as two: for `--dry-run`.
+
+        Args:
+            heads: attention heads of all layers.
+        """
+        return 1
 
     @classmethod
     def shown(cls) -> dict[str, bool]:
@@ -245,6 +257,7 @@ class Mask(Method, Sized):
     PANEL: ClassVar[str | None] = None
     DEFAULT_TOP = 0.02
     DEFAULT_SITES = ("down",)
+    WRITES = 16
 
     move: Annotated[str, OneOf("auto", "activations", "parameters")] = "auto"
     """activations (patching), parameters (swapping), or auto."""
@@ -260,6 +273,10 @@ class Mask(Method, Sized):
     """Share of the state that a round leaves."""
     caution: Annotated[float | int, Between(0)] = 0.5
     """Weight of the harmless answers."""
+
+    def passes(self, heads: int) -> float:  # noqa: ARG002
+        """Forward and back in every round."""
+        return 3 * self.rounds
 
     def check(self) -> None:
         """Also that the size is given once."""
@@ -396,6 +413,11 @@ class SwapAttribution(Method, EarlyStop, Voted):
     PANEL: ClassVar[str | None] = None
     MIDPOINTS: ClassVar[int] = 8
     """Points of the path at which the gradient is taken."""
+    WRITES = 16
+
+    def passes(self, heads: int) -> float:  # noqa: ARG002
+        """Forward and back at every point."""
+        return 3 * self.MIDPOINTS
 
     def config(self, run: Any) -> dict[str, Any]:  # noqa: ARG002
         """With the number of points of the path."""
@@ -418,6 +440,7 @@ class Contrast(TextOptions, Method, Voted):
 
     NAME, PAIR, COMPLETIONS, SCORER = "contrast", True, True, "contrast:score"
     DEFAULT_SITES = ("down",)
+    STATISTICS = 10
 
     def config(self, run: Any) -> dict[str, Any]:
         """The text."""
@@ -471,6 +494,10 @@ class Attribution(Method, ExplainedTexts, Voted):
     integrated: Annotated[int, Between(0)] = 0
     """Points at which the gradient is averaged; 0 takes it at the model itself."""
 
+    def passes(self, heads: int) -> float:  # noqa: ARG002
+        """Forward and back at every point."""
+        return 3 * max(1, self.integrated)
+
     def config(self, run: Any) -> dict[str, Any]:
         """The texts as they are used."""
         return super().config(run) | self.texts
@@ -499,6 +526,10 @@ class Relp(Method, ExplainedTexts, Voted):
     PANEL: ClassVar[str | None] = None
     DEFAULT_TOP = 0.01
     DEFAULT_SITES = ("v", "o", "gate", "up", "down")
+
+    def passes(self, heads: int) -> float:  # noqa: ARG002
+        """Forward and back."""
+        return 3
 
     def check(self) -> None:
         """Also that a site is searched which relevance passes."""
@@ -544,11 +575,16 @@ class AttributionPatching(Method, EarlyStop, Voted):
     NAME, PAIR, SCORER = "attribution-patching", True, "attribution:score_patching"
     PANEL: ClassVar[str | None] = None
     DEFAULT_SITES = ("down",)
+    WRITES = 16
 
     at: Annotated[str, OneOf("path", "base")] = "path"
     """path: averaged from base to aligned; base: at the base model alone."""
     midpoints: Positive = 8
     """Midpoints of the path."""
+
+    def passes(self, heads: int) -> float:  # noqa: ARG002
+        """Forward and back at every point."""
+        return 3 * (self.midpoints if self.at == "path" else 1)
 
     def config(self, run: Any) -> dict[str, Any]:  # noqa: ARG002
         """No midpoints where there is no path."""
@@ -575,6 +611,7 @@ class SetDifference(Method, Ranked):
     PANEL: ClassVar[str | None] = None
     HARMLESS = "needed"
     ROUTED = False
+    WRITES = 16
 
     safety: Annotated[float | int, Between(0, 1, above=True, below=True)] = 0.05
     """Share of each matrix's weights that counts as important on harmful requests."""
@@ -596,6 +633,10 @@ class Snip(SetDifference):
     """
 
     NAME, SCORER = "snip", "baselines:snip"
+
+    def passes(self, heads: int) -> float:  # noqa: ARG002
+        """Forward and back."""
+        return 3
 
 
 @register
@@ -716,6 +757,10 @@ class SafetyHeads(Method, WholeParts):
     NAME, SCORER, PART = "heads", "heads:score", "head"
     PANEL: ClassVar[str | None] = None
     DEFAULT_SITES = ("o",)
+
+    def passes(self, heads: int) -> float:
+        """From the layer of every head on, half of the layers on average."""
+        return 1 + heads / 2
 
     heads: Positive | None = None
     """Keep this many whole heads. [default: 5 % of them]"""

@@ -3,6 +3,7 @@
 from safety_neurons.model.batches import Batch, BatchSize, Halving, Progress, batches, forward
 from safety_neurons.model.chat_server import ChatServer, Endpoint, Reply, ServerError
 from safety_neurons.model.classifiers import TextReader, load_classifier, load_scorer
+from safety_neurons.model.cost import CostEstimate, estimate
 from safety_neurons.model.language_model import Encoded, LanguageModel
 from safety_neurons.model.likelihood import (
     Choice,
@@ -23,7 +24,7 @@ from safety_neurons.model.loading import (
     load_several,
     parse_spec,
 )
-from safety_neurons.model.passes import CostEstimate, Statistics, activation_statistics, estimate, run_batches
+from safety_neurons.model.passes import Statistics, activation_statistics, run_batches
 from safety_neurons.model.template import conversation_text, encode_text
 from safety_neurons.prompt_lists import as_prompts
 

@@ -2,8 +2,8 @@
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from logging import getLogger
 from pathlib import Path
 from typing import Any
@@ -101,6 +101,7 @@ class _Loading:
     offline: bool = False
     trust_remote_code: bool = False
     merge_adapters: bool = False
+    weights: bool = True
     prompting: Prompting = field(default_factory=Prompting)
     others: Mapping[str, Any] = field(default_factory=dict)
 
@@ -367,6 +368,8 @@ def _folder(name: str, revision: str | None, options: _Loading) -> Path:
     import huggingface_hub
 
     patterns = [*_WANTED, "*.py"] if options.trust_remote_code else _WANTED
+    if not options.weights:
+        patterns = [pattern for pattern in patterns if pattern != "*.safetensors"]
     arguments: dict[str, Any] = {
         "revision": revision,
         "allow_patterns": patterns,
@@ -421,21 +424,10 @@ def _base(
     placement, dtype = Placement.of(options.device, options.others), _dtype(options.dtype)
     causal = kind == "AutoModelForCausalLM"
     what = "a causal language model" if causal else kind.removeprefix("AutoModelFor").removeprefix("Auto")
-    notes: list[str] = []
     shared = {"local_files_only": True, "trust_remote_code": options.trust_remote_code}
     try:
         with quiet():
-            with torch.device("meta"):
-                described = transformers.AutoConfig.from_pretrained(str(folder), **shared)
-                if causal and _reads_images(described):
-                    kind, parts = _text_part(described)
-                    notes.append(
-                        f"{folder.name}: a {type(described).__name__.removesuffix('Config')} model of text "
-                        f"and more is read by its text decoder; {parts}"
-                    )
-                planned = getattr(transformers, kind).from_config(
-                    described, trust_remote_code=options.trust_remote_code
-                )
+            planned, kind, notes = _described(folder, kind, options.trust_remote_code)
             refuse_sizes(folder, planned, weights, quantised="quantization_config" in config)
             loaded: Any = getattr(transformers, kind).from_pretrained(
                 str(folder),
@@ -467,6 +459,65 @@ def _base(
                 f"{folder}: cannot be put on {placement.device} ({first_line(error)})"
             ) from error
     return model.eval(), tokenizer, notes
+
+
+def _described(folder: Path, kind: str, trust_remote_code: bool) -> tuple[Any, str, list[str]]:
+    """The architecture that a configuration describes, on the meta device, the class that reads it, and what
+    is to be noted of it.
+    """
+    import transformers
+
+    notes: list[str] = []
+    with torch.device("meta"):
+        config = transformers.AutoConfig.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=trust_remote_code
+        )
+        if kind == "AutoModelForCausalLM" and _reads_images(config):
+            kind, parts = _text_part(config)
+            notes.append(
+                f"{folder.name}: a {type(config).__name__.removesuffix('Config')} model of text "
+                f"and more is read by its text decoder; {parts}"
+            )
+        model = getattr(transformers, kind).from_config(config, trust_remote_code=trust_remote_code)
+    return model, kind, notes
+
+
+def without_weights(
+    name: str | Path, **options: Any
+) -> tuple[list[Path], Callable[[], tuple[nn.Module, Any, list[str]]]]:
+    """The folders of a model and its adapters, whose weights need not be there (and are not downloaded), and
+    how to read the first of them: its architecture on the meta device, its tokenizer (None where there is
+    none) and notes.
+
+    Args:
+        name: As for `load`.
+        **options: As for `load`.
+
+    Raises:
+        ModelError: What cannot be found, or is of no known architecture.
+    """
+    loading = replace(_Loading.of(options), weights=False)
+    folders = _folders(parse_spec(name), loading)
+
+    def read() -> tuple[nn.Module, Any, list[str]]:
+        folder = folders[0]
+        if not (folder / "config.json").is_file():
+            raise ModelError(
+                f"{folder}: no config.json; expected the folder of a model in Hugging Face layout, with or "
+                "without its weights"
+            )
+        refuse_claims(folder / "config.json")
+        try:
+            with quiet():
+                model, _, notes = _described(folder, "AutoModelForCausalLM", loading.trust_remote_code)
+        except Exception as error:  # a checkpoint's own code, or any of several libraries
+            raise ModelError(
+                f"{folder}: config.json describes no causal language model ({_said(error)}); "
+                f"{_advice(error, _WHOLE)}"
+            ) from error
+        return model, _tokenizer(folder, loading) if _has_tokenizer(folder) else None, notes
+
+    return folders, read
 
 
 def _reads_images(config: Any) -> bool:

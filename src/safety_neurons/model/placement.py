@@ -148,11 +148,22 @@ class Placement:
         _quantised(arguments)
         placed = bool({"device_map", "quantization_config"} & arguments.keys())
         if chosen is None:
-            return cls(None if placed else ranks.fastest(), arguments)
+            return cls(None if placed else cls.first(None), arguments)
         found = _present(chosen)
         if placed:
             arguments["device_map"] = {"": str(found)}
         return cls(None if placed else found, arguments)
+
+    @staticmethod
+    def first(device: str | torch.device | None) -> torch.device:
+        """The device that is asked for, or the fastest present.
+
+        Raises:
+            As for `of`.
+        """
+        if device is not None and str(device) != "auto":
+            return _present(device)
+        return ranks.fastest()
 
 
 def _quantised(arguments: dict[str, Any]) -> None:

@@ -1,0 +1,523 @@
+"""`--dry-run`: memory, time and disk of a run that is not started, from its options and the shapes of its
+models.
+
+What a verb does is a list of works, each the texts that it reads, answers or trains on. Nothing is loaded: a
+folder with a config.json is enough.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from safety_neurons.cli import console
+from safety_neurons.cli.session import Session, listed, named, parse_sizes
+from safety_neurons.detectors.methods import (
+    METHODS,
+    Importance,
+    ImportanceContrast,
+    Method,
+    TextOptions,
+    by_name,
+    with_options,
+)
+from safety_neurons.errors import UsageError
+
+if TYPE_CHECKING:
+    from safety_neurons.model.cost import Work
+    from safety_neurons.model.outline import Outline
+
+CHARACTERS = 24
+"""Bytes of a completion's record for each of its tokens: its text, its id and the prompt's share."""
+
+
+def plan(session: Session) -> dict[str, Any]:
+    """Print what a run would need, and give it as an object.
+
+    Raises:
+        UsageError: a verb that has nothing to plan.
+    """
+    from safety_neurons.model.cost import cost
+
+    session.foresee()
+    planner = Planner(session)
+    works = planner.works()
+    found = cost(
+        planner.outline,
+        works,
+        planner.weights,
+        planner.disk(works),
+        batch_size=session.batch_size(),
+        truncated=planner.truncated,
+        notes=planner.notes,
+    )
+    if not session.common.json:
+        console.say(str(found))
+    return {**dataclasses.asdict(found), "memory_bytes": found.memory_bytes, "fits": found.fits}
+
+
+class Planner:
+    """Works of a session's verb.
+
+    Attributes:
+        outline: the model that reads and answers.
+        weights: bytes of all models' weights.
+        truncated: prompts that do not fit the context.
+        notes: what is not counted.
+    """
+
+    def __init__(self, session: Session) -> None:
+        from safety_neurons.model.outline import outlines
+
+        self.session, self.options = session, session.options
+        self.words = session.verb.split("-")
+        self.work_of = WORKS.get(session.verb) or WORKS.get(self.words[0])
+        specs = [
+            str(value).partition("=")[2] if name == "control" else str(value)
+            for name, reads in session.reads.items()
+            if reads.kind == "model"
+            for value in _several(self.options[name])
+        ]
+        if self.work_of is None or not specs:
+            why = "loads no model that could be planned for" if self.work_of is None else "names no model"
+            raise UsageError(
+                f"--dry-run: {session.verb.replace('-', ' ')} {why}; leave it out, or plan a verb with "
+                "--model or with --base and --aligned"
+            )
+        found, self.weights = outlines(specs, **session.loading())
+        self.outline: Outline = found[-1] if self.words[0] == "find" else found[0]
+        self.n_models = len(found)
+        self.truncated = 0
+        self.notes: list[str] = []
+        self._known: dict[tuple[Any, ...], tuple[int, ...]] = {}
+        self._judges()
+
+    def _judges(self) -> None:
+        """Note judges that are models themselves: they are loaded beside."""
+        from safety_neurons.judges.registry import model_behind
+
+        names = [
+            name
+            for option, reads in self.session.reads.items()
+            if reads.kind == "judges"
+            for name in listed(self.options[option]) or ()
+        ]
+        if behind := [name for name in dict.fromkeys(names) if model_behind(name) is not None]:
+            self.notes.append(f"judges that are models ({', '.join(behind)}) come on top")
+
+    def works(self) -> "list[Work]":
+        """What the verb does, in order."""
+        assert self.work_of is not None
+        return [work for work in self.work_of(self) if work.lengths]
+
+    # Texts
+
+    def lengths(self, *names: str, limit: Any = "limit", reserve: int = 0) -> tuple[int, ...]:
+        """Tokens of all prompts that options name."""
+        most = self.options.get(limit) if isinstance(limit, str) else limit
+        found: list[int] = []
+        for name in names:
+            source = self.options.get(name)
+            if source is None or source in self.session.reads[name].words:
+                continue
+            key = (name, source, most, reserve)
+            if key not in self._known:
+                paths = [path for _, path in named(source)] if self.session.reads[name].several else [source]
+                self._known[key] = tuple(
+                    length for path in paths for length in self._read(name, path, most, reserve)
+                )
+            found += self._known[key]
+        return tuple(found)
+
+    def _read(self, name: str, source: str, limit: int | None, reserve: int) -> list[int]:
+        reads = self.session.reads[name]
+        columns = self.session.columns(reads)
+        return self.tokens(self.session.prompts(source, self.outline, limit=limit, **columns), reserve)
+
+    def tokens(self, prompts: Any, reserve: int = 0) -> list[int]:
+        """Tokens of prompts."""
+        lengths, cut = self.outline.lengths(prompts, reserve)
+        self.truncated += cut
+        return lengths
+
+    @property
+    def longest(self) -> int:
+        """Tokens of an answer."""
+        from safety_neurons.studies.lengths import answer_length
+
+        given = self.options.get("max_new_tokens")
+        return int(given) if given else answer_length(self.outline)
+
+    # Works that verbs share
+
+    def read(self, what: str, lengths: Iterable[int], **how: Any) -> "Work":
+        """Texts that are read."""
+        from safety_neurons.model.cost import Work
+
+        return Work(what, tuple(lengths), **how)
+
+    def asked(self, arms: float, *names: str, models: int = 1, limit: Any = "limit") -> "Work":
+        """Requests that are answered in so many arms."""
+        new = self.longest
+        lengths = self.lengths(*names, limit=limit, reserve=new)
+        return self.read(
+            f"answers in {arms:g} arms", lengths, passes=0, models=models, new_tokens=new, answers=arms
+        )
+
+    def measured(self, arms: float, name: str = "text", limit: Any = None) -> "Work":
+        """General text whose losses are measured in so many arms."""
+        return self.read("perplexity", self.lengths(name, limit=limit), passes=arms, logits=True)
+
+    def found(self, method: Method, prompts: tuple[int, ...], others: tuple[int, ...] = ()) -> "list[Work]":
+        """One search by a method."""
+        from safety_neurons.detectors.contrast import MEMORY_BUDGET
+        from safety_neurons.detectors.importance import AT_ONCE, SHORT
+
+        table, models = self.outline.table, 2 if method.PAIR else 1
+        searched = table.select(sites=method.searched, layers=method.layers).sizes
+        works = []
+        new = int(getattr(method, "max_new_tokens", 0) or 0)
+        if not str(getattr(method, "positions", "")).startswith("completion"):
+            new = 0
+        if new or method.WRITES:
+            writers = 1 if isinstance(method, TextOptions) else models
+            given = self.options.get("completions") is not None
+            works += (
+                []
+                if given and new
+                else [
+                    self.read(
+                        f"{method.NAME}: answers",
+                        prompts,
+                        passes=0,
+                        models=writers,
+                        new_tokens=new or method.WRITES,
+                        answers=1,
+                    )
+                ]
+            )
+        heads = sum(layer.attention.n_heads for layer in self.outline.anatomy.layers if layer.attention)
+        passes = method.passes(heads)
+        exact = isinstance(method, Importance | ImportanceContrast)
+        text = [length + (new or method.WRITES) for length in (*prompts, *others)]
+        works.append(
+            self.read(
+                method.NAME,
+                text if method.PROMPTS else (),
+                passes=passes,
+                models=models,
+                backward=passes > 1 and method.NAME != "heads",
+                exact=(SHORT, AT_ONCE) if exact and {"q", "k"} & set(method.searched) else None,
+                neurons=sum(searched.values()),
+                statistics=method.STATISTICS,
+                kept=MEMORY_BUDGET if method.NAME == "contrast" else 0,
+            )
+        )
+        return works
+
+    def trained(self, what: str, lengths: tuple[int, ...], epochs: float, entries: int) -> "Work":
+        """Examples that are trained on."""
+        return self.read(what, lengths, passes=3 * epochs, logits=True, backward=True, trained=entries)
+
+    # Files
+
+    def disk(self, works: "list[Work]") -> int:
+        """Bytes of the files of the finished run."""
+        table = self.outline.table
+        total = 4000
+        if self.words[0] == "find":
+            method = self._method()
+            sizes = table.select(sites=method.searched, layers=method.layers).sizes
+            rule = method.selection  # type: ignore[attr-defined]
+            n = sum(sizes.values())
+            chosen = rule.count or round((rule.top or 0) * n)
+            n_prompts = sum(len(work.lengths) for work in works[:1])
+            # A name with its place in the header of either file, and a digest a prompt in both.
+            total += 4 * n + 8 * min(n, chosen) + 2 * 90 * len(sizes) + 2 * 70 * n_prompts
+        if self.words[0] in ("verify", "compare", "evaluate", "tune", "study", "analyze"):
+            total += CHARACTERS * sum(work.written for work in works)
+        if self.words[0] == "compare":
+            total += 12 * table.n_neurons
+        total += sum(2 * work.trained * 4 for work in works)
+        return total
+
+    def _method(self) -> Method:
+        kind = by_name(self.session.verb.removeprefix("find-"))
+        own = {one.name for one in kind.options()}
+        return kind(**{name: value for name, value in self.options.items() if name in own})
+
+    def entries(self, share: float | None = None) -> int:
+        """Entries of the weights of the neurons that are trained: of the file, or a share of all."""
+        if share is not None:
+            return round(share * self.outline.n_parameters)
+        neurons = self.session.neurons(self.options["neurons"], self.outline)
+        return int(neurons.n_parameters)
+
+
+def _several(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
+
+
+# What each verb does
+
+
+def _find(planner: Planner) -> "list[Work]":
+    method = planner._method()
+    prompts = planner.lengths("prompts") if method.PROMPTS else ()
+    others = tuple(
+        length
+        for name in ("harmless", "general")
+        if name in planner.options
+        for length in planner.lengths(name)
+    )
+    works = planner.found(method, prompts, others)
+    if planner.options.get("subtract") == "foundation":
+        works += planner.found(method, planner.lengths("foundation", limit=None), others)
+    if planner.options.get("minus"):
+        for _ in range(2):  # each other text, and two halves of the prompts
+            works += planner.found(method, prompts, others)
+        works += planner.found(method, planner.lengths("minus"), others)
+    return works
+
+
+def _verify(planner: Planner) -> "list[Work]":
+    options, patch = planner.options, planner.words[1] == "patch"
+    if planner.words[1] == "scale":
+        sets = len(options["factors"].split(","))
+    else:
+        sets = 1 if options["neurons"] is not None else len(parse_sizes(options["sizes"]))
+    alone = 2 if patch else 1
+    arms = sets * (1 + options["random"]) + patch
+    works = [planner.asked(alone, "harmful", "harmless")]
+    return [
+        *works,
+        planner.asked(arms, "harmful", "harmless", models=1 + patch),
+        planner.measured(arms + alone),
+    ]
+
+
+def _compare(planner: Planner) -> "list[Work]":
+    options = planner.options
+    names = listed(options["methods"]) or tuple(METHODS)
+    works = []
+    for name in names:
+        method = with_options(name, max_new_tokens=128)
+        others = planner.lengths("find_harmless") if method.HARMLESS != "none" else ()
+        others += planner.lengths("find_general") if method.GENERAL != "none" else ()
+        works += planner.found(method, planner.lengths("prompts") if method.PROMPTS else (), others)
+    rows = len(names) + options["random"] + 1
+    return [
+        *works,
+        planner.asked(2 + rows, "harmful", "harmless"),
+        planner.asked(rows, "harmful", "harmless", models=2),
+    ]
+
+
+def _evaluate(planner: Planner) -> "list[Work]":
+    from safety_neurons.suites import suite
+
+    options = planner.options
+    if options["model"] is None:
+        raise UsageError("--dry-run with --endpoint: the server has the model; expected --model")
+    new, lengths = planner.longest, list[int]()
+    for name in (*(listed(options["suite"]) or ()), *(listed(options["over_refusal"]) or ())):
+        if name != "none":
+            read = suite(
+                name,
+                folder=options["folder"],
+                offline=planner.session.common.offline,
+                column=options["column"],
+                limit=options["limit"],
+            )
+            lengths += planner.tokens(read.prompts, new)
+    treated = sum(options[name] is not None for name in ("deactivate", "patch", "guard"))
+    alone = 0 if options["baseline"] is not None else 1
+    arms = (alone + treated or 1) * options["samples"] * len(listed(options["attack"]) or (1,))
+    if options["capability"]:
+        planner.notes.append(f"capability tasks ({options['capability']}) come on top of the time")
+    return [
+        planner.read(
+            f"answers in {arms:g} arms",
+            lengths,
+            passes=0,
+            new_tokens=new,
+            answers=arms,
+            models=2 if options["patch"] else 1,
+        )
+    ]
+
+
+def _tune(planner: Planner) -> "list[Work]":
+    options = planner.options
+    data = planner.lengths("data")
+    harmless = planner.lengths("harmless", limit=None)[: round(options["mix"] * len(data))]
+    general = planner.lengths("general", limit=None)
+    longest = options["max_length"]
+    examples = tuple(min(longest, length + 32) for length in (*data, *harmless, *general))
+    if options["max_steps"]:
+        examples = examples[: options["max_steps"] * 8 * options["accumulate"]]
+    return [
+        planner.asked(2, "test_harmful", "test_harmless", limit=None),
+        planner.measured(2),
+        planner.trained("training", examples, options["epochs"], planner.entries()),
+    ]
+
+
+def _repair(planner: Planner) -> "list[Work]":
+    return [planner.read("no text", (1,))]
+
+
+def _guard(planner: Planner) -> "list[Work]":
+    names = [name for name in ("unsafe", "safe", "labelled") if planner.options.get(name)]
+    limit = "limit"
+    requests = planner.lengths(*names, limit=limit)
+    others = [name for name in ("other_unsafe", "other_safe") if planner.options.get(name)]
+    works = [planner.read("requests", (*requests, *planner.lengths(*others, limit=None)))]
+    if planner.options.get("recheck_every") and planner.options.get("answers_harmful") is None:
+        new = planner.options["recheck_tokens"]
+        works.append(planner.read("answers", requests, passes=1, new_tokens=new, answers=1))
+    if planner.options.get("completions") is not None:
+        planner.notes.append("requests of --completions come on top")
+    return works
+
+
+def _guard_evaluate(planner: Planner) -> "list[Work]":
+    names = [
+        name
+        for name, reads in planner.session.reads.items()
+        if reads.kind == "prompts" and planner.options[name] not in (None, *reads.words)
+    ]
+    return [planner.read("requests", planner.lengths(*names))]
+
+
+def _languages(planner: Planner) -> "list[Work]":
+    options, codes = planner.options, listed(planner.options["languages"]) or ()
+    sets = {"find_prompts": "find_limit", "test_prompts": "test_limit"}
+    read = {
+        name: tuple(
+            length
+            for code in codes
+            for length in planner.tokens(
+                planner.session.prompts(
+                    options[name].replace("{language}", code), planner.outline, limit=options[limit]
+                )
+            )
+        )
+        for name, limit in sets.items()
+    }
+    name = options["method"] or ("swap-attribution" if options["base"] else "importance")
+    new = planner.longest
+    arms = 1 + len(codes) * (1 + len(listed(options["definitions"]) or ()) + options["random"])
+    found = [] if options["sets"] else planner.found(with_options(name), read["find_prompts"])
+    answers = planner.read(
+        f"answers in {arms} arms", read["test_prompts"], passes=0, new_tokens=new, answers=arms
+    )
+    return [*found, answers]
+
+
+def _transfer(planner: Planner) -> "list[Work]":
+    options = planner.options
+    prompts = planner.lengths("prompts", limit=None)
+    arms = 2 + 8 * (1 + options["random"])
+    planner.notes.append("eight groups of requests are taken for those that --by tells apart")
+    return [
+        *planner.found(with_options(options["method"] or "contrast"), prompts),
+        planner.asked(arms, "harmful", "harmless", models=2, limit=None),
+    ]
+
+
+def _vocabulary(planner: Planner) -> "list[Work]":
+    lengths = planner.lengths("harmful", "harmless")
+    cards = planner.options["cards"] + planner.options["random"]
+    return [planner.read("cards", lengths, passes=1 + cards, logits=True)]
+
+
+def _progressive(planner: Planner) -> "list[Work]":
+    options = planner.options
+    arms = 1 + options["points"] * (2 + 2 * options["random"])
+    return [planner.asked(arms, "harmful", "harmless"), planner.measured(arms)]
+
+
+def _tax(planner: Planner) -> "list[Work]":
+    options = planner.options
+    trainings = planner.n_models - 1
+    found = [
+        work
+        for _ in range(trainings)
+        for work in planner.found(
+            with_options(
+                "contrast", positions=options["positions"], max_new_tokens=options["max_new_tokens"]
+            ),
+            planner.lengths("prompts", "also", limit="find_limit"),
+        )
+    ]
+    arms = 1 + trainings + 2 * (1 + options["random"])
+    return [*found, planner.asked(arms, "harmful", "harmless", models=2)]
+
+
+def _doctor(planner: Planner) -> "list[Work]":
+    return [planner.read("checks", (32,) * 256, passes=1, logits=True)]
+
+
+def _study(planner: Planner) -> "list[Work]":
+    """Sets are found, safety is tuned, then every arm is fine-tuned and measured, seed by seed."""
+    options, kind = planner.options, planner.words[1]
+    arms = len(listed(options.get("arms")) or (1,) * (10 if kind == "defences" else 5))
+    points = 2
+    if kind == "stress":
+        points = 20
+        arms = 2
+    elif kind == "defences":
+        points = (
+            len(listed(options["mixtures"]) or ())
+            * len(options["rates"].split(","))
+            * len(options["steps"].split(","))
+        )
+    seeds = options["seeds"]
+    data = planner.lengths("data", limit=options["data_limit"])
+    mixed = planner.lengths("mixed", limit=None)[: round(options["mix"] * len(data))]
+    task = planner.lengths("task", limit=None)
+    steps = max(
+        int(float(part)) for part in str(options.get("steps", options.get("benign_steps"))).split(",")
+    )
+    batch = options["task_batch"]
+    examples = (task * (steps * batch // max(1, len(task)) + 1))[: steps * batch]
+    whole = planner.outline.n_parameters if options["downstream"] == "full" else planner.entries(0.01)
+    works = []
+    if options["neurons"] is None:
+        method = with_options(options["method"])
+        works += planner.found(method, planner.lengths("prompts", limit=None))
+        works += planner.found(method, planner.lengths("general", limit=None))
+    runs = arms * seeds * max(1, points // 2)
+    return [
+        *works,
+        planner.trained(
+            "tuning",
+            (*data, *mixed),
+            options["epochs"] * (arms - 1) * seeds,
+            planner.entries(options["share"]),
+        ),
+        planner.trained("fine-tuning", examples, runs, whole),
+        planner.asked(arms * seeds * points, "harmful", "harmless"),
+        planner.measured(arms * seeds * points),
+    ]
+
+
+WORKS: dict[str, Callable[[Planner], "list[Work]"]] = {
+    "find": _find,
+    "verify": _verify,
+    "compare": _compare,
+    "evaluate": _evaluate,
+    "tune": _tune,
+    "repair": _repair,
+    "guard-fit": _guard,
+    "guard-recalibrate": _guard,
+    "guard-evaluate": _guard_evaluate,
+    "analyze-languages": _languages,
+    "analyze-transfer": _transfer,
+    "analyze-vocabulary": _vocabulary,
+    "analyze-progressive": _progressive,
+    "analyze-tax": _tax,
+    "study": _study,
+    "doctor": _doctor,
+}
+"""By the name of a verb's runs, or its first word, what it does; the other verbs have nothing to plan."""

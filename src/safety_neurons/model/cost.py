@@ -1,0 +1,505 @@
+"""What a run needs, from the shapes of its models alone: memory, arithmetic, time and disk.
+
+Nothing is loaded. Memory is what the run adds to the process; time is the number of floating-point operations
+divided by the rate at which this machine multiplies matrices of the model's size, measured for a moment.
+"""
+
+import functools
+import math
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from safety_neurons.model.batches import BatchSize, plan, token_budget
+from safety_neurons.model.language_model import LanguageModel
+from safety_neurons.model.outline import Outline
+from safety_neurons.model.passes import LOGIT_BYTES
+from safety_neurons.model.proof import ROWS_AT_ONCE, TOKENS
+from safety_neurons.neurons import MLP_SITES
+from safety_neurons.prompt_lists import Prompts
+
+CHUNK = 2**24
+"""Bytes of what exact importance computes at once on a CPU, intermediate results included."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Sequences that are read, and answered or trained on.
+
+    Attributes:
+        what: In a few words.
+        lengths: Tokens of every sequence, without what is written.
+        passes: How often a model reads each, a backward pass counted as two.
+        models: How many models read it.
+        new_tokens: Longest answer; 0 where none is written.
+        answers: How often each is answered, over all arms and samples.
+        logits: Whether the logits of every token are needed.
+        backward: Whether gradients are taken, so that what all layers computed is kept.
+        exact: Of exact importance of every neuron, computed in the pass: the tokens of a short prompt, and
+            how many of these are scored together; None where it is not computed.
+        neurons: Neurons that are searched.
+        statistics: float64 numbers that are kept for each of them.
+        kept: Bytes of activations at all of them that a batch may keep; 0 where none are kept.
+        trained: Entries of weights that are trained.
+    """
+
+    what: str
+    lengths: tuple[int, ...] = field(repr=False)
+    passes: float = 1
+    models: int = 1
+    new_tokens: int = 0
+    answers: float = 0
+    logits: bool = False
+    backward: bool = False
+    exact: tuple[int, int] | None = None
+    neurons: int = 0
+    statistics: int = 0
+    kept: int = 0
+    trained: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all sequences, once."""
+        return sum(self.lengths)
+
+    @property
+    def written(self) -> int:
+        """Tokens that are written at most."""
+        return round(len(self.lengths) * self.new_tokens * self.answers)
+
+
+@dataclass(frozen=True)
+class CostEstimate:
+    """Needs of a run; bytes and seconds.
+
+    Attributes:
+        parameters: Of the first model, tied ones once.
+        active_parameters: Those that a token passes.
+        neurons: Neurons of the first model.
+        weights_bytes: Weights of all models, a shared base once.
+        probe_bytes: The passes that prove where the neurons are, before anything else.
+        activations_bytes: Largest batch while it is fed (a rough upper figure: attention, feed-forward and
+            readers of one layer), or all layers where gradients are taken.
+        cache_bytes: Keys and values of the largest batch while it is completed; 0 where nothing is generated.
+        logits_bytes: Logits: of one token a sequence while answers are written, of every token only where
+            losses are measured; 0 where none are needed.
+        statistics_bytes: Sums over all neurons, in float64, and numbers of every neuron and prompt of a
+            batch.
+        disk_bytes: Files of the finished run.
+        working_disk_bytes: Partial state beside them while it runs.
+        flops: Floating-point operations of all passes.
+        flops_per_second: Measured rate of this machine, on the widest batch.
+        seconds: Operations divided by the rates of the widest batch and of one decoding step.
+        prompts: Number of prompts.
+        tokens: Tokens that are fed, as often as they are.
+        new_tokens: Tokens that are generated at most.
+        batches: Batches of one pass over all prompts.
+        truncated: Prompts that do not fit the context.
+        device: Where the first model is.
+        dtype: What it computes in.
+        device_bytes: Memory of that device; 0 where it is not known.
+        steps: What is done, with its share of the operations, in order.
+        notes: What makes a number less certain.
+    """
+
+    parameters: int
+    active_parameters: int
+    neurons: int
+    weights_bytes: int
+    probe_bytes: int
+    activations_bytes: int
+    cache_bytes: int
+    logits_bytes: int
+    statistics_bytes: int
+    disk_bytes: int
+    working_disk_bytes: int
+    flops: float
+    flops_per_second: float
+    seconds: float
+    prompts: int
+    tokens: int
+    new_tokens: int
+    batches: int
+    truncated: int
+    device: str
+    dtype: str
+    device_bytes: int = 0
+    steps: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def memory_bytes(self) -> int:
+        """The most that is in memory at once, beside Python and its libraries."""
+        passes = self.activations_bytes + self.cache_bytes + self.logits_bytes
+        return self.weights_bytes + max(self.probe_bytes, passes + self.statistics_bytes)
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the device has so much memory; None where that is not known."""
+        return self.memory_bytes <= self.device_bytes if self.device_bytes else None
+
+    def __str__(self) -> str:
+        active = (
+            "" if self.active_parameters == self.parameters else f", {_count(self.active_parameters)} a token"
+        )
+        parts = [
+            f"weights {_size(self.weights_bytes)}",
+            f"activations {_size(self.activations_bytes)}",
+            f"cache {_size(self.cache_bytes)}",
+            f"logits {_size(self.logits_bytes)}",
+            f"statistics {_size(self.statistics_bytes)}",
+            f"or, before, probe passes {_size(self.probe_bytes)}",
+        ]
+        cut = f"; {self.truncated:,} prompts longer than the context" if self.truncated else ""
+        room = {
+            None: "",
+            True: f"; it has {_size(self.device_bytes)}",
+            False: f"; it has {_size(self.device_bytes)}: too little; expected a larger device, several "
+            "with --device-map auto, or --quantize 4bit",
+        }[self.fits]
+        partial = (
+            f", and {_size(self.working_disk_bytes)} of partial state while it runs"
+            if self.working_disk_bytes
+            else ""
+        )
+        lines = [
+            f"{_count(self.parameters)} parameters{active}, {self.neurons:,} neurons",
+            f"{self.prompts:,} prompts, {self.tokens:,} tokens to feed, up to {self.new_tokens:,} to "
+            f"generate, {self.batches:,} batches{cut}",
+            *(f"  {step}" for step in self.steps),
+            f"memory about {_size(self.memory_bytes)} on {self.device} in {self.dtype} "
+            f"({', '.join(parts)}){room}",
+            f"time about {_duration(self.seconds)} ({self.flops / 1e12:,.3g} TFLOP at "
+            f"{self.flops_per_second / 1e9:,.3g} GFLOP/s, measured)",
+            f"disk about {_size(self.disk_bytes)}{partial}",
+            *self.notes,
+        ]
+        return "\n".join(lines)
+
+
+def estimate(
+    models: Sequence[LanguageModel],
+    prompts: Prompts,
+    *,
+    max_new_tokens: int = 0,
+    batch_size: BatchSize = "auto",
+) -> CostEstimate:
+    """Estimates a `find` over prompts with models in memory, without running it.
+
+    Args:
+        models: The models of the run, one or a pair.
+        prompts: The prompts.
+        max_new_tokens: Longest completion, 0 where nothing is generated.
+        batch_size: Rows of a batch, or `auto`.
+    """
+    made = [Outline.of(lm) for lm in models]
+    tensors = {id(one): one for lm in models for one in (*lm.model.parameters(), *lm.model.buffers())}
+    weights = sum(one.numel() * one.element_size() for one in tensors.values())
+    lengths, truncated = made[0].lengths(prompts, max_new_tokens)
+    neurons = made[0].table.n_neurons
+    read = tuple(length + max_new_tokens for length in lengths)
+    works = [Work("read", read, models=len(models), neurons=neurons, statistics=3 * len(models))]
+    if max_new_tokens:
+        works.insert(0, Work("write", tuple(lengths), passes=0, new_tokens=max_new_tokens, answers=1))
+    disk = 8 * neurons + 16 * max_new_tokens * len(lengths)
+    return cost(made[0], works, weights, disk, batch_size=batch_size, truncated=truncated)
+
+
+def cost(
+    outline: Outline,
+    works: Sequence[Work],
+    weights: int,
+    disk: int,
+    *,
+    batch_size: BatchSize = "auto",
+    truncated: int = 0,
+    notes: Sequence[str] = (),
+) -> CostEstimate:
+    """The needs of a run that does these works one after the other.
+
+    Args:
+        outline: The model that reads and writes; all models of a run have its shape.
+        works: What is done.
+        weights: Bytes of the weights of all models in memory.
+        disk: Bytes of the files of the finished run.
+        batch_size: Rows of a batch, or `auto`.
+        truncated: Prompts that do not fit the context.
+        notes: What makes a number less certain.
+    """
+    sizes = [_sizes(outline, work, batch_size) for work in works]
+    peak = max(sizes, key=lambda one: one.total, default=_Sizes())
+    counted = [_operations(outline, work, one) for work, one in zip(works, sizes, strict=True)]
+    probing = _probe_tokens(outline)
+    at_probe = probing * (2 * outline.decoder_parameters + 2 * outline.n_ids * outline.hidden / TOKENS)
+    flops = at_probe + sum(read + written for read, written in counted)
+    widest = max((one.rows * one.width for one in sizes), default=1)
+    many = rate(outline, min(512, max(1, widest)))
+    seconds = (at_probe + sum(read for read, _ in counted)) / many
+    for one, (_, written) in zip(sizes, counted, strict=True):
+        seconds += written / rate(outline, max(1, one.rows)) if written else 0.0
+    working = max((8 * work.statistics * work.neurons for work in works), default=0)
+    return CostEstimate(
+        parameters=outline.n_parameters,
+        active_parameters=outline.active_parameters,
+        neurons=outline.table.n_neurons,
+        weights_bytes=weights,
+        probe_bytes=_probe_bytes(outline),
+        activations_bytes=peak.activations,
+        cache_bytes=peak.cache,
+        logits_bytes=peak.logits,
+        statistics_bytes=peak.statistics,
+        disk_bytes=disk,
+        working_disk_bytes=working,
+        flops=flops,
+        flops_per_second=many,
+        seconds=seconds,
+        prompts=max((len(work.lengths) for work in works), default=0),
+        tokens=round(sum(work.tokens * work.passes * work.models for work in works)),
+        new_tokens=sum(work.written for work in works),
+        batches=max((one.batches for one in sizes), default=0),
+        truncated=truncated,
+        device=str(outline.device),
+        dtype=outline.dtype + ("" if outline.quantize == "none" else f", weights in {outline.quantize}"),
+        device_bytes=_memory_of(outline.device),
+        steps=tuple(
+            _said(work, read + written, flops) for work, (read, written) in zip(works, counted, strict=True)
+        ),
+        notes=tuple(dict.fromkeys((*outline.notes, *notes))),
+    )
+
+
+def _said(work: Work, flops: float, whole: float) -> str:
+    times = f"{work.passes * work.models:g} × " if work.passes * work.models not in (0, 1) else ""
+    read = f"{times}{work.tokens:,} tokens read" if work.passes else ""
+    written = f"up to {work.written:,} tokens written" if work.written else ""
+    return (
+        f"{work.what}: {len(work.lengths):,} texts, {', '.join(filter(None, (read, written)))} "
+        f"({flops / whole:.0%} of the arithmetic)"
+    )
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Bytes of a work beside the weights, and the shape of its largest batch."""
+
+    activations: int = 0
+    cache: int = 0
+    logits: int = 0
+    statistics: int = 0
+    rows: int = 1
+    width: int = 1
+    batches: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.activations + self.cache + self.logits + self.statistics
+
+
+def _sizes(outline: Outline, work: Work, batch_size: BatchSize) -> _Sizes:
+    """Of the largest batch of a work."""
+    full = [length + work.new_tokens for length in work.lengths]
+    if not full:
+        return _Sizes()
+    budget = token_budget(outline.device)
+    if work.logits:
+        budget = max(1, min(budget, LOGIT_BYTES // (4 * outline.n_ids)))
+    token = work.neurons * max(outline.itemsize, 4)
+    if work.kept:
+        budget = max(1, min(budget, work.kept // max(1, token)))
+    groups = plan(full, batch_size, budget)
+    group = max(groups, key=lambda one: len(one) * max(full[index] for index in one))
+    rows, width = len(group), max(full[index] for index in group)
+    prompt = max(work.lengths[index] for index in group)
+    size, neurons = outline.itemsize, work.neurons
+    fed = rows * (prompt if work.new_tokens else width)
+    layers = len(outline.anatomy.layers) if work.backward else 1
+    activations = layers * fed * layer_width(outline) * size
+    padded = len({work.lengths[index] for index in group}) > 1
+    activations += rows * prompt**2 * (1 + size) if padded else 0
+    activations += min(work.kept, fed * token)
+    statistics = 8 * work.statistics * neurons
+    if work.exact is not None:
+        activations += _exact_bytes(outline, max(work.lengths), *work.exact)
+        statistics += 8 * rows * neurons
+    cache = rows * width * cache_width(outline) * size if work.new_tokens else 0
+    logits = rows * outline.n_ids * (size + 4) if work.new_tokens else 0
+    if work.logits:
+        logits = fed * outline.n_ids * (size + 4) * (2 if work.backward else 1)
+    statistics += work.trained * 4 * 4
+    return _Sizes(activations, cache, logits, statistics, rows, width, len(groups))
+
+
+def _operations(outline: Outline, work: Work, sizes: _Sizes) -> tuple[float, float]:
+    """Floating-point operations of reading, and of writing."""
+    head = 2 * outline.n_ids * outline.hidden
+    read = sum(_forward(outline, length) for length in work.lengths) * work.passes * work.models
+    if work.logits or work.backward:
+        read += head * work.tokens * work.passes * work.models
+    if work.exact is not None:
+        read += sum(_exact_operations(outline, length) for length in work.lengths)
+    prompts = sum(_forward(outline, length) for length in work.lengths) * (
+        work.answers if work.new_tokens else 0
+    )
+    if work.kept:  # sites are read in several passes where one batch's activations do not fit
+        token = work.neurons * max(outline.itemsize, 4)
+        read *= max(1, math.ceil(sizes.rows * sizes.width * token / work.kept))
+    written = 0.0
+    for length in work.lengths if work.new_tokens else ():
+        middle = length + work.new_tokens / 2
+        step = 2 * outline.decoder_parameters + head + _attended(outline, middle) * 2
+        written += work.new_tokens * work.answers * step
+    return read + prompts * work.models, written * work.models
+
+
+def _forward(outline: Outline, length: int) -> float:
+    """Operations of one pass over one sequence, without the head."""
+    return length * (2 * outline.decoder_parameters + _attended(outline, length))
+
+
+def _attended(outline: Outline, length: float) -> float:
+    """Operations a token of scores and mixtures of all layers, half of the keys being hidden on average."""
+    total = 0.0
+    for layer, window in zip(outline.anatomy.layers, outline.windows, strict=True):
+        if layer.attention is not None:
+            mixed = layer.attention.n_heads * layer.attention.head_dim
+            total += 2 * mixed * min(length, 2 * (window or length))
+    return total
+
+
+def _exact_operations(outline: Outline, length: int) -> float:
+    """Of exact importance beside the pass: for each row of q and k new softmaxes of its heads, their mixtures
+    of values, and the norm of what the output projection makes of them.
+    """
+    total = 0.0
+    for layer in outline.anatomy.layers:
+        if layer.attention is not None:
+            width = layer.attention.head_dim
+            mixed = layer.attention.n_heads * width
+            total += 2 * mixed * (length**2 * width + 2 * length * width**2)
+    return total
+
+
+def _exact_bytes(outline: Outline, longest: int, short: int, together: int) -> int:
+    """Of exact importance: factors of every output projection, which stay, and the scores of attention of
+    one long prompt or of several short ones at one layer.
+    """
+    factors = states = 0
+    wide = max(outline.itemsize, 4)
+    for layer in outline.anatomy.layers:
+        if layer.attention is not None:
+            part = layer.attention
+            mixed = part.n_heads * part.head_dim
+            factors += wide * (mixed**2 // part.n_kv_heads + part.n_heads * part.head_dim**2)
+            at_once = together if longest <= short else 1
+            states = max(states, 3 * wide * at_once * part.n_heads * longest**2)
+    return factors + states + (CHUNK if outline.device.type == "cpu" else 2**28)
+
+
+def layer_width(outline: Outline) -> int:
+    """Numbers a token needs at the widest point of a pass: residual streams, and inputs and outputs of all
+    sites of one layer, of the experts that a token passes.
+    """
+    widest = 0
+    for layer in outline.anatomy.layers:
+        dense = sum(place.size for part in layer.parts for place in part.places.values())
+        routed = 0
+        if layer.experts is not None:
+            passed = outline.experts_per_token or 1
+            routed = passed * (len(MLP_SITES) * layer.experts.width + outline.hidden)
+        widest = max(widest, dense + routed)
+    return 4 * outline.hidden + 2 * widest
+
+
+def cache_width(outline: Outline) -> int:
+    """Numbers that keys and values of a token take in all layers."""
+    return sum(
+        part.places[site].size
+        for layer in outline.anatomy.layers
+        for part in (layer.attention,)
+        if part is not None
+        for site in "kv"
+        if site in part.places
+    )
+
+
+def _probe_keys(outline: Outline) -> int:
+    routed = sum(len(MLP_SITES) for layer in outline.anatomy.layers if layer.experts is not None)
+    return len(outline.anatomy.places) + routed
+
+
+def _probe_tokens(outline: Outline) -> int:
+    """Tokens of the passes that prove the anatomy: one row a site without it, two rows beside every 64."""
+    keys = _probe_keys(outline)
+    return TOKENS * (keys + 2 * math.ceil(keys / ROWS_AT_ONCE) + 8)
+
+
+def _probe_bytes(outline: Outline) -> int:
+    """Of these passes: the logits of one token a row, and a layer's activations; or those of all sites."""
+    rows = min(_probe_keys(outline), ROWS_AT_ONCE) + 2
+    effect = rows * outline.n_ids * outline.itemsize + rows * TOKENS * layer_width(outline) * outline.itemsize
+    return max(effect, 2 * TOKENS * (outline.n_ids + sum(outline.table.sizes.values())) * outline.itemsize)
+
+
+@functools.cache
+def _rate(rows: int, inner: int, outer: int, dtype: str, device: str) -> float:
+    left = torch.rand(rows, inner, dtype=getattr(torch, dtype), device=device)
+    right = torch.rand(outer, inner, dtype=getattr(torch, dtype), device=device)
+    best = math.inf
+    with torch.no_grad():
+        for _ in range(4):
+            start = time.perf_counter()
+            torch.nn.functional.linear(left, right)
+            if left.is_cuda:
+                torch.cuda.synchronize(left.device)
+            best = min(best, time.perf_counter() - start)
+    return 2 * rows * inner * outer / best
+
+
+def rate(outline: Outline, rows: int) -> float:
+    """Floating-point operations a second of this machine's device, on matrices of the model's width and so
+    many rows: the best of four products, which take a second at most.
+    """
+    inner = min(outline.hidden, 4096)
+    outer = min(2**24 // inner, 4 * inner)
+    few = 1 << (max(1, rows) - 1).bit_length()
+    return _rate(min(few, 512), inner, outer, outline.dtype, str(outline.device))
+
+
+def _memory_of(device: torch.device) -> int:
+    """Bytes of a device; 0 where it does not tell."""
+    if device.type == "cuda":
+        return sum(
+            torch.cuda.get_device_properties(number).total_memory
+            for number in range(torch.cuda.device_count())
+        )
+    names = getattr(os, "sysconf_names", {})
+    if device.type == "cpu" and "SC_PHYS_PAGES" in names:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 0
+
+
+def _count(number: int) -> str:
+    value = float(number)
+    for unit in ("", " k", " M"):
+        if value < 1000:
+            return f"{value:.3g}{unit}"
+        value /= 1000
+    return f"{value:,.1f} B"
+
+
+def _size(count: int) -> str:
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:,.1f} h"

@@ -1,0 +1,129 @@
+"""`--dry-run`: every verb that loads a model plans from a config.json alone, and the others say why not."""
+
+import json
+import pathlib
+
+import pytest
+from running import command, done, refused
+
+from safety_neurons.cli.plans import WORKS
+from safety_neurons.cli.verb import DECLARED, VERBS, load
+from safety_neurons.neurons import NeuronSet
+from tiny import SIZES, tiny_llama_folder, tiny_tokenizer
+
+CONFIG = {**SIZES, "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "float32"}
+
+
+@pytest.fixture(scope="module")
+def shape(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A folder with a configuration and nothing else."""
+    folder = tmp_path_factory.mktemp("shape")
+    (folder / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def neurons(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    from safety_neurons.model import LanguageModel
+    from tiny import tiny_llama
+
+    file = tmp_path_factory.mktemp("neurons") / "neurons.safetensors"
+    NeuronSet({"layers.0.down": range(9), "layers.1.q": range(2)}, LanguageModel(tiny_llama()).table).save(
+        file
+    )
+    return file
+
+
+TASK = ("--task", "builtin:refusals", "--task-test", "builtin:refusals")
+ONE, TWO = ("--model", "SHAPE"), ("--base", "SHAPE", "--aligned", "SHAPE")
+WORDS = {
+    "find importance": (*ONE, "--limit", 4),
+    "find contrast": (*TWO, "--limit", 4),
+    "find attribution-patching": (*TWO, "--limit", 4),
+    "find weight-magnitude": ONE,
+    "verify deactivate": (*ONE, "--neurons", "NEURONS"),
+    "verify patch": (*TWO, "--neurons", "NEURONS"),
+    "verify scale": (*ONE, "--neurons", "NEURONS"),
+    "compare": (*TWO, "--limit", 4),
+    "evaluate": (*ONE, "--limit", 4),
+    "tune": (*ONE, "--neurons", "NEURONS", "--limit", 8),
+    "repair": (*ONE, "--reference", "SHAPE", "--neurons", "NEURONS"),
+    "guard fit": (*ONE, "--neurons", "NEURONS", "--unsafe", "builtin:harmful", "--safe", "builtin:harmless"),
+    "analyze languages": ONE,
+    "analyze transfer": TWO,
+    "analyze vocabulary": (*ONE, "--neurons", "NEURONS"),
+    "analyze progressive": (*ONE, "--neurons", "NEURONS"),
+    "analyze tax": ("--base", "SHAPE", "--safety", "SHAPE", "--helpful", "SHAPE"),
+    "study rsn": (*ONE, *TASK),
+    "study stress": (*ONE, *TASK),
+    "study defences": (*ONE, *TASK),
+    "doctor": ONE,
+}
+
+
+@pytest.mark.parametrize("verb", WORDS)
+def test_a_verb_is_planned_from_a_configuration_alone(
+    verb: str,
+    shape: pathlib.Path,
+    neurons: pathlib.Path,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    places = {"SHAPE": shape, "NEURONS": neurons}
+    plan = done(*verb.split(), *(places.get(str(word), word) for word in WORDS[verb]), "--dry-run")
+    assert plan["weights_bytes"] > 0
+    assert plan["memory_bytes"] > plan["weights_bytes"]
+    assert plan["fits"] is True
+    assert plan["seconds"] > 0
+    assert plan["disk_bytes"] > 0
+    assert "no tokenizer" in plan["notes"][0]
+    needs_none = verb in ("find weight-magnitude", "repair")
+    assert needs_none or plan["steps"]
+    assert needs_none or plan["flops"] > 2 * plan["parameters"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_verb_with_a_model_has_a_plan_and_the_others_refuse_one(tmp_path: pathlib.Path) -> None:
+    for name in VERBS:
+        load(name)
+    planned = {verb for verb in DECLARED if verb.replace(" ", "-") in WORKS or verb.split()[0] in WORKS}
+    with_a_model = {
+        verb
+        for verb, parts in DECLARED.items()
+        if any(
+            one.reads is not None and one.reads.kind == "model" for part in parts for one in part.options()
+        )
+    }
+    short = {
+        "import neurons",
+        "export neurons",
+        "organism requests",
+        "guard serve",
+    }  # or serves until it is told to end
+    assert with_a_model - short <= planned
+    for words in (("data", "list"), ("report", tmp_path), ("demo",)):
+        line = refused(*words, "--dry-run", code=2)
+        assert "loads no model that could be planned for" in line
+
+
+def test_a_plan_with_a_tokenizer_counts_its_tokens_and_a_pair_counts_twice(tmp_path: pathlib.Path) -> None:
+    folder = tiny_llama_folder(tmp_path / "model")
+    one = done("find", "importance", "--model", folder, "--limit", "5", "--dry-run")
+    two = done("find", "contrast", "--base", folder, "--aligned", folder, "--limit", "5", "--dry-run")
+    assert two["weights_bytes"] == 2 * one["weights_bytes"]
+    assert (one["prompts"], one["new_tokens"], two["new_tokens"]) == (5, 0, 5 * 128)
+    assert one["notes"] == []
+    said = command("find", "importance", "--model", folder, "--limit", "5", "--dry-run")
+    assert said.out.startswith("21.7 k parameters")
+    assert "measured" in said.out
+
+
+def test_what_a_model_is_too_large_for_is_said(shape: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    large = {**CONFIG, "hidden_size": 2**18, "intermediate_size": 2**20, "num_hidden_layers": 40}
+    (tmp_path / "config.json").write_text(json.dumps(large), encoding="utf-8")
+    tiny_tokenizer().save_pretrained(tmp_path)
+    plan = done("find", "importance", "--model", tmp_path, "--limit", "1", "--dry-run")
+    assert plan["fits"] is False
+    said = command("find", "importance", "--model", tmp_path, "--limit", "1", "--dry-run").out
+    assert "too little; expected a larger device" in said

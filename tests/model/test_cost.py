@@ -1,0 +1,151 @@
+"""What a run needs, told from shapes: parameters of public models, and sums of what can be counted."""
+
+import dataclasses
+import json
+import pathlib
+
+import pytest
+
+from safety_neurons.errors import ModelError
+from safety_neurons.model import LanguageModel, estimate
+from safety_neurons.model.cost import Work, cost
+from safety_neurons.model.outline import Outline, outlines
+from safety_neurons.prompt_lists import Prompts
+from tiny import CHAT_TEMPLATE, tiny_llama, tiny_llama_folder, tiny_tokenizer
+
+PROMPTS = Prompts.from_list(["kill a tree", "help", "tell me about the water"])
+LLAMA_70B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+}
+QWEN_235B = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "moe_intermediate_size": 1536,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 94,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "tie_word_embeddings": False,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "dtype": "bfloat16",
+}
+
+
+def outline_of(config: dict[str, object], folder: pathlib.Path, **options: str) -> Outline:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    [found], total = outlines([folder], **options)
+    assert total == found.weights_bytes
+    return found
+
+
+def test_parameters_and_bytes_of_a_70b_are_those_that_are_published(tmp_path: pathlib.Path) -> None:
+    few = {**LLAMA_70B, "num_hidden_layers": 2}  # layers are alike: two of them tell the other 78
+    two, four = (outline_of({**few, "num_hidden_layers": n}, tmp_path / str(n)) for n in (2, 4))
+    layer = (four.n_parameters - two.n_parameters) // 2
+    assert two.n_parameters + 78 * layer == 70_553_706_496
+    assert two.active_parameters == two.n_parameters
+    assert layer == 8192 * (2 * 8192 + 2 * 1024) + 3 * 8192 * 28672 + 2 * 8192
+    assert two.decoder_parameters == 2 * layer + 8192
+    assert two.weights_bytes == 2 * two.n_parameters + sum(
+        buffer.numel() * buffer.element_size() for buffer in two.model.buffers()
+    )
+    assert two.table.n_neurons == 2 * (2 * 8192 + 2 * 1024 + 3 * 28672)
+    eight, four_bits = (
+        outline_of(few, tmp_path / "2", quantize=bits).weights_bytes for bits in ("8bit", "4bit")
+    )
+    ends = 2 * 2 * 128256 * 8192
+    assert eight == pytest.approx(ends + 2 * layer, rel=0.001)
+    assert four_bits == pytest.approx(ends + 2 * layer * (0.5 + 4 / 64), rel=0.001)
+
+
+def test_a_token_passes_22_of_the_235_billion_parameters_of_a_mixture(tmp_path: pathlib.Path) -> None:
+    two, four = (outline_of({**QWEN_235B, "num_hidden_layers": n}, tmp_path / str(n)) for n in (2, 4))
+    totals = [two.n_parameters, two.active_parameters]
+    layers = [(four.n_parameters - totals[0]) // 2, (four.active_parameters - totals[1]) // 2]
+    whole, active = (total + 92 * layer for total, layer in zip(totals, layers, strict=True))
+    assert (whole, active) == (235_093_634_560, 22_190_763_520)
+    assert two.experts_per_token == 8
+    assert two.table.n_neurons == 2 * (2 * 8192 + 2 * 512 + 3 * 128 * 1536)
+
+
+def test_no_logits_are_counted_where_none_are_needed(tmp_path: pathlib.Path) -> None:
+    small = {**LLAMA_70B, "hidden_size": 64, "intermediate_size": 96, "head_dim": 1, "num_hidden_layers": 2}
+    outline = outline_of({**small, "vocab_size": 262144}, tmp_path / "model")
+    read, losses, written = (
+        cost(outline, [work], outline.weights_bytes, 0)
+        for work in (
+            Work("read", (32000,)),
+            Work("losses", (400,), logits=True),
+            Work("answers", (32000,), passes=0, new_tokens=8, answers=1),
+        )
+    )
+    assert (read.logits_bytes, read.cache_bytes) == (0, 0)
+    assert losses.logits_bytes == 400 * 262144 * (2 + 4)
+    assert written.logits_bytes == 262144 * (2 + 4)  # of one token a sequence
+    assert written.cache_bytes == 32008 * 2 * 2 * 8 * 2
+    assert read.memory_bytes < losses.memory_bytes
+
+
+def test_an_estimate_adds_up_what_can_be_counted() -> None:
+    model = tiny_llama()
+    lm = LanguageModel(model, tiny_tokenizer(CHAT_TEMPLATE))
+    plan = estimate([lm], PROMPTS, max_new_tokens=4, batch_size=1)
+    assert plan.weights_bytes == sum(4 * parameter.numel() for parameter in model.parameters()) + sum(
+        buffer.numel() * buffer.element_size() for buffer in model.buffers()
+    )
+    assert (plan.prompts, plan.batches, plan.new_tokens, plan.truncated) == (3, 3, 12, 0)
+    assert plan.tokens == sum(len(item.ids) for item in lm.encode(PROMPTS)) + 12
+    assert plan.statistics_bytes == 8 * 3 * lm.table.n_neurons
+    assert plan.seconds > 0
+    assert plan.fits
+    assert plan.memory_bytes > plan.weights_bytes
+    json.dumps(dataclasses.asdict(plan))
+    other = LanguageModel(model, lm.tokenizer)
+    assert estimate([lm, other], PROMPTS).weights_bytes == plan.weights_bytes
+    more = LanguageModel(tiny_llama(seed=1), lm.tokenizer)
+    assert estimate([lm, more], PROMPTS).weights_bytes == 2 * plan.weights_bytes
+
+
+def test_an_estimate_reads_as_a_few_lines() -> None:
+    lm = LanguageModel(tiny_llama(max_position_embeddings=8), tiny_tokenizer(CHAT_TEMPLATE))
+    text = str(estimate([lm], Prompts.from_list(["kill " * 20])))
+    for part in ("1 prompts", "1 prompts longer than the context", "memory about", "float32", "disk about"):
+        assert part in text
+
+
+def test_an_outline_counts_as_the_model_in_memory_does(tmp_path: pathlib.Path) -> None:
+    folder = tiny_llama_folder(tmp_path / "model", tie_word_embeddings=True)
+    [outline], _ = outlines([folder])
+    lm = LanguageModel(tiny_llama(tie_word_embeddings=True), tiny_tokenizer(CHAT_TEMPLATE))
+    assert outline.n_parameters == sum(parameter.numel() for parameter in lm.model.parameters())
+    assert outline.table.fingerprint == lm.fingerprint
+    assert outline.lengths(PROMPTS) == ([len(one.ids) for one in lm.encode(PROMPTS)], 0)
+    assert all(parameter.is_meta for parameter in outline.model.parameters())
+
+
+def test_a_folder_without_a_configuration_is_one_line(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(ModelError, match=r"no config\.json; expected .* with or without its weights"):
+        outlines([tmp_path])
+    (tmp_path / "config.json").write_text('{"model_type": "no-such-model"}', encoding="utf-8")
+    with pytest.raises(ModelError, match="describes no causal language model") as error:
+        outlines([tmp_path])
+    assert "\n" not in str(error.value)
