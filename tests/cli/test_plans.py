@@ -43,6 +43,7 @@ WORDS = {
     "find weight-magnitude": ONE,
     "verify deactivate": (*ONE, "--neurons", "NEURONS"),
     "verify patch": (*TWO, "--neurons", "NEURONS"),
+    "verify both": (*TWO, "--neurons", "NEURONS"),
     "verify scale": (*ONE, "--neurons", "NEURONS"),
     "compare": (*TWO, "--limit", 4),
     "evaluate": (*ONE, "--limit", 4),

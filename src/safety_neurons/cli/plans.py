@@ -280,18 +280,18 @@ def _find(planner: Planner) -> "list[Work]":
 
 
 def _verify(planner: Planner) -> "list[Work]":
-    options, patch = planner.options, planner.words[1] == "patch"
+    options, patch = planner.options, planner.words[1] in ("patch", "both")
     if planner.words[1] == "scale":
         sets = len(options["factors"].split(","))
     else:
         sets = 1 if options["neurons"] is not None else len(parse_sizes(options["sizes"]))
     alone = 2 if patch else 1
     arms = sets * (1 + options["random"]) + patch
-    works = [planner.asked(alone, "harmful", "harmless")]
+    lone = alone + (sets * (1 + options["random"]) if planner.words[1] == "both" else 0)
     return [
-        *works,
+        planner.asked(lone, "harmful", "harmless"),
         planner.asked(arms, "harmful", "harmless", models=1 + patch),
-        planner.measured(arms + alone),
+        planner.measured(arms + lone),
     ]
 
 

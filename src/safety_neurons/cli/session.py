@@ -414,7 +414,7 @@ class Session:
         """The prompts of every part of an option that names several lists, each under its name."""
         from safety_neurons.prompt_lists import Prompts
 
-        columns = self._columns(self.reads[name])
+        columns = self.columns(self.reads[name])
         found = []
         for label, source in named(self.options[name]):
             read = self.prompts(source, model, limit, **columns)
