@@ -86,7 +86,7 @@ class Probe:
 
     def run(
         self, ids: Int[Tensor, "batch token"] | None = None, *, last: bool = False
-    ) -> Float[Tensor, "batch token vocab"]:
+    ) -> Float[Tensor, "batch kept vocab"]:
         """Logits of a pass without cache.
 
         Args:
