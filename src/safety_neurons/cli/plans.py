@@ -155,7 +155,7 @@ class Planner:
 
         return Work(what, tuple(lengths), **how)
 
-    def asked(self, arms: float, *names: str, models: int = 1, limit: Any = "limit") -> "Work":
+    def asked(self, arms: float | int, *names: str, models: int = 1, limit: Any = "limit") -> "Work":
         """Requests that are answered in so many arms."""
         new = self.longest
         lengths = self.lengths(*names, limit=limit, reserve=new)
@@ -163,7 +163,7 @@ class Planner:
             f"answers in {arms:g} arms", lengths, passes=0, models=models, new_tokens=new, answers=arms
         )
 
-    def measured(self, arms: float, name: str = "text", limit: Any = None) -> "Work":
+    def measured(self, arms: float | int, name: str = "text", limit: Any = None) -> "Work":
         """General text whose losses are measured in so many arms."""
         return self.read("perplexity", self.lengths(name, limit=limit), passes=arms, logits=True)
 
@@ -214,7 +214,7 @@ class Planner:
         )
         return works
 
-    def trained(self, what: str, lengths: tuple[int, ...], epochs: float, entries: int) -> "Work":
+    def trained(self, what: str, lengths: tuple[int, ...], epochs: float | int, entries: int) -> "Work":
         """Examples that are trained on."""
         return self.read(what, lengths, passes=3 * epochs, logits=True, backward=True, trained=entries)
 

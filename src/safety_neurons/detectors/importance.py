@@ -25,10 +25,11 @@ from safety_neurons.detectors.importance_attention import (
 from safety_neurons.detectors.methods import Importance
 from safety_neurons.detectors.reading import Shown, input_scale, watching
 from safety_neurons.detectors.runner import BatchSums, PromptCounts, Run, Scored
-from safety_neurons.errors import InputError, UnsupportedModelError
+from safety_neurons.errors import InputError, UnsupportedModelError, UsageError
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.attention import AttentionPlan, AttentionStates, prove_attention, tolerance
 from safety_neurons.model.batches import Batch, collate, forward
+from safety_neurons.model.cost import memory_of
 from safety_neurons.model.hooks import around, reading
 from safety_neurons.model.sites import AttentionAnatomy, ExpertRows, ExpertsAnatomy, LayerAnatomy, MlpAnatomy
 
@@ -540,6 +541,7 @@ def score(method: Importance, run: Run) -> Scored:
     """The importance of every neuron, inside one forward pass a batch."""
     keys = _keys(method, run)
     fed, counts = _encoded(run)
+    _refuse_pairs(run, keys, max(map(len, fed), default=0))
     readers = ImportanceReaders(
         run.aligned, keys, Options(method.space, method.as_published, method.memory_budget * 2**20)
     )
@@ -583,6 +585,29 @@ def _keys(method: Importance, run: Run) -> tuple[str, ...]:
             f"{len(refused)} sites of this model are refused and not scored, first {refused[0]}: {why}"
         )
     return keys
+
+
+def _refuse_pairs(run: Run, keys: tuple[str, ...], longest: int) -> None:
+    """Refuse prompts whose attention of all pairs of tokens, which q, k and v need head by head, would fill
+    the memory: no smaller batch helps.
+
+    Raises:
+        UsageError: says what it would take, and what to do.
+    """
+    wanted = {key for key in keys if key.rpartition(".")[2] in ("q", "k", "v")}
+    heads = [
+        layer.attention.n_heads
+        for layer in run.aligned.anatomy.layers
+        if layer.attention is not None and wanted & {place.key for place in layer.attention.places.values()}
+    ]
+    need = 3 * max(heads, default=0) * longest**2 * max(run.aligned.dtype.itemsize, 4)
+    room = memory_of(run.aligned.device)
+    if room and need > room / 2:
+        raise UsageError(
+            f"a prompt of {longest:,} tokens: importance of q, k and v keeps the attention of all pairs of "
+            f"tokens of a layer, {need / 1e9:,.2f} GB, and {run.aligned.device} has {room / 1e9:,.2f} GB; "
+            "expected shorter prompts, or --sites o,gate,up,down"
+        )
 
 
 def _encoded(run: Run) -> tuple[list[list[int]], PromptCounts]:

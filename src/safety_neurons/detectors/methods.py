@@ -89,7 +89,7 @@ class Method(Searched):
     STATISTICS: ClassVar[int] = 3
     """float64 numbers that it keeps for every neuron searched."""
 
-    def passes(self, heads: int) -> float:  # noqa: ARG002
+    def passes(self, heads: int) -> float | int:  # noqa: ARG002
         """How often each of its models reads a prompt, a backward pass counted as two: for `--dry-run`.
 
         Args:
@@ -274,7 +274,7 @@ class Mask(Method, Sized):
     caution: Annotated[float | int, Between(0)] = 0.5
     """Weight of the harmless answers."""
 
-    def passes(self, heads: int) -> float:  # noqa: ARG002
+    def passes(self, heads: int) -> float | int:  # noqa: ARG002
         """Forward and back in every round."""
         return 3 * self.rounds
 
@@ -415,7 +415,7 @@ class SwapAttribution(Method, EarlyStop, Voted):
     """Points of the path at which the gradient is taken."""
     WRITES = 16
 
-    def passes(self, heads: int) -> float:  # noqa: ARG002
+    def passes(self, heads: int) -> float | int:  # noqa: ARG002
         """Forward and back at every point."""
         return 3 * self.MIDPOINTS
 
@@ -494,7 +494,7 @@ class Attribution(Method, ExplainedTexts, Voted):
     integrated: Annotated[int, Between(0)] = 0
     """Points at which the gradient is averaged; 0 takes it at the model itself."""
 
-    def passes(self, heads: int) -> float:  # noqa: ARG002
+    def passes(self, heads: int) -> float | int:  # noqa: ARG002
         """Forward and back at every point."""
         return 3 * max(1, self.integrated)
 
@@ -527,7 +527,7 @@ class Relp(Method, ExplainedTexts, Voted):
     DEFAULT_TOP = 0.01
     DEFAULT_SITES = ("v", "o", "gate", "up", "down")
 
-    def passes(self, heads: int) -> float:  # noqa: ARG002
+    def passes(self, heads: int) -> float | int:  # noqa: ARG002
         """Forward and back."""
         return 3
 
@@ -582,7 +582,7 @@ class AttributionPatching(Method, EarlyStop, Voted):
     midpoints: Positive = 8
     """Midpoints of the path."""
 
-    def passes(self, heads: int) -> float:  # noqa: ARG002
+    def passes(self, heads: int) -> float | int:  # noqa: ARG002
         """Forward and back at every point."""
         return 3 * (self.midpoints if self.at == "path" else 1)
 
@@ -634,7 +634,7 @@ class Snip(SetDifference):
 
     NAME, SCORER = "snip", "baselines:snip"
 
-    def passes(self, heads: int) -> float:  # noqa: ARG002
+    def passes(self, heads: int) -> float | int:  # noqa: ARG002
         """Forward and back."""
         return 3
 
@@ -758,7 +758,7 @@ class SafetyHeads(Method, WholeParts):
     PANEL: ClassVar[str | None] = None
     DEFAULT_SITES = ("o",)
 
-    def passes(self, heads: int) -> float:
+    def passes(self, heads: int) -> float | int:
         """From the layer of every head on, half of the layers on average."""
         return 1 + heads / 2
 

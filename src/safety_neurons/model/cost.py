@@ -48,10 +48,10 @@ class Work:
 
     what: str
     lengths: tuple[int, ...] = field(repr=False)
-    passes: float = 1
+    passes: float | int = 1
     models: int = 1
     new_tokens: int = 0
-    answers: float = 0
+    answers: float | int = 0
     logits: bool = False
     backward: bool = False
     exact: tuple[int, int] | None = None
@@ -263,7 +263,7 @@ def cost(
         truncated=truncated,
         device=str(outline.device),
         dtype=outline.dtype + ("" if outline.quantize == "none" else f", weights in {outline.quantize}"),
-        device_bytes=_memory_of(outline.device),
+        device_bytes=memory_of(outline.device),
         steps=tuple(
             _said(work, read + written, flops) for work, (read, written) in zip(works, counted, strict=True)
         ),
@@ -335,14 +335,13 @@ def _sizes(outline: Outline, work: Work, batch_size: BatchSize) -> _Sizes:
 def _operations(outline: Outline, work: Work, sizes: _Sizes) -> tuple[float, float]:
     """Floating-point operations of reading, and of writing."""
     head = 2 * outline.n_ids * outline.hidden
-    read = sum(_forward(outline, length) for length in work.lengths) * work.passes * work.models
+    once = math.fsum(_forward(outline, length) for length in work.lengths)
+    read = once * work.passes * work.models
     if work.logits or work.backward:
         read += head * work.tokens * work.passes * work.models
     if work.exact is not None:
         read += sum(_exact_operations(outline, length) for length in work.lengths)
-    prompts = sum(_forward(outline, length) for length in work.lengths) * (
-        work.answers if work.new_tokens else 0
-    )
+    prompts = once * (work.answers if work.new_tokens else 0)
     if work.kept:  # sites are read in several passes where one batch's activations do not fit
         token = work.neurons * max(outline.itemsize, 4)
         read *= max(1, math.ceil(sizes.rows * sizes.width * token / work.kept))
@@ -359,7 +358,7 @@ def _forward(outline: Outline, length: int) -> float:
     return length * (2 * outline.decoder_parameters + _attended(outline, length))
 
 
-def _attended(outline: Outline, length: float) -> float:
+def _attended(outline: Outline, length: float | int) -> float:
     """Operations a token of scores and mixtures of all layers, half of the keys being hidden on average."""
     total = 0.0
     for layer, window in zip(outline.anatomy.layers, outline.windows, strict=True):
@@ -447,15 +446,17 @@ def _probe_bytes(outline: Outline) -> int:
 def _rate(rows: int, inner: int, outer: int, dtype: str, device: str) -> float:
     left = torch.rand(rows, inner, dtype=getattr(torch, dtype), device=device)
     right = torch.rand(outer, inner, dtype=getattr(torch, dtype), device=device)
+    # On a processor its own time counts, whatever else runs on the machine.
+    clock, threads = (time.perf_counter, 1) if left.is_cuda else (time.process_time, torch.get_num_threads())
     best = math.inf
     with torch.no_grad():
         for _ in range(4):
-            start = time.perf_counter()
+            start = clock()
             torch.nn.functional.linear(left, right)
             if left.is_cuda:
                 torch.cuda.synchronize(left.device)
-            best = min(best, time.perf_counter() - start)
-    return 2 * rows * inner * outer / best
+            best = min(best, (clock() - start) / threads)
+    return 2 * rows * inner * outer / max(best, 1e-9)
 
 
 def rate(outline: Outline, rows: int) -> float:
@@ -468,7 +469,7 @@ def rate(outline: Outline, rows: int) -> float:
     return _rate(min(few, 512), inner, outer, outline.dtype, str(outline.device))
 
 
-def _memory_of(device: torch.device) -> int:
+def memory_of(device: torch.device) -> int:
     """Bytes of a device; 0 where it does not tell."""
     if device.type == "cuda":
         return sum(

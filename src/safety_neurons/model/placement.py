@@ -125,6 +125,13 @@ class Placement:
             machine does not have, or bitsandbytes that is not installed.
         """
         arguments = {name: value for name, value in options.items() if value is not None}
+        for name in ("tp_plan", "tp_size"):
+            if name in arguments:
+                raise UsageError(
+                    f"{name} {arguments[name]!r}: tensor parallel splits weights between processes, and here "
+                    "each process reads, hashes and edits whole ones; expected --device-map auto, or "
+                    "--quantize 4bit"
+                )
         quantize = arguments.pop("quantize", "none")
         if quantize not in QUANTISATIONS:
             raise UsageError(f"--quantize {quantize!r}: expected one of {', '.join(QUANTISATIONS)}")
