@@ -89,13 +89,12 @@ class Method(Searched):
     STATISTICS: ClassVar[int] = 3
     """float64 numbers that it keeps for every neuron searched."""
 
-    def passes(self, heads: int) -> float | int:  # noqa: ARG002
-        """How often each of its models reads a prompt, a backward pass counted as two: for `--dry-run`.
+    PASSES: ClassVar[float | int] = 1
+    """How often each of its models reads a prompt, a backward pass counted as two."""
 
-        Args:
-            heads: attention heads of all layers.
-        """
-        return 1
+    def passes(self, heads: int) -> float | int:  # noqa: ARG002
+        """`PASSES`, where options or the number of attention heads of all layers change it."""
+        return self.PASSES
 
     @classmethod
     def shown(cls) -> dict[str, bool]:
@@ -413,11 +412,7 @@ class SwapAttribution(Method, EarlyStop, Voted):
     PANEL: ClassVar[str | None] = None
     MIDPOINTS: ClassVar[int] = 8
     """Points of the path at which the gradient is taken."""
-    WRITES = 16
-
-    def passes(self, heads: int) -> float | int:  # noqa: ARG002
-        """Forward and back at every point."""
-        return 3 * self.MIDPOINTS
+    WRITES, PASSES = 16, 3 * MIDPOINTS
 
     def config(self, run: Any) -> dict[str, Any]:  # noqa: ARG002
         """With the number of points of the path."""
@@ -526,10 +521,7 @@ class Relp(Method, ExplainedTexts, Voted):
     PANEL: ClassVar[str | None] = None
     DEFAULT_TOP = 0.01
     DEFAULT_SITES = ("v", "o", "gate", "up", "down")
-
-    def passes(self, heads: int) -> float | int:  # noqa: ARG002
-        """Forward and back."""
-        return 3
+    PASSES = 3
 
     def check(self) -> None:
         """Also that a site is searched which relevance passes."""
@@ -633,10 +625,7 @@ class Snip(SetDifference):
     """
 
     NAME, SCORER = "snip", "baselines:snip"
-
-    def passes(self, heads: int) -> float | int:  # noqa: ARG002
-        """Forward and back."""
-        return 3
+    PASSES = 3
 
 
 @register
