@@ -221,7 +221,7 @@ def outlines(specs: Sequence[str | Path], **options: Any) -> tuple[list[Outline]
         sizes = sum(file.stat().st_size for folder in adapters for file in folder.glob("*.safetensors"))
         found.append(replace(made[base], name=str(spec), adapter_bytes=sizes))
     total = sum(outline.weights_bytes for outline in found)
-    if len(made) == 1 and not options.get("merge_adapters") and any(one.adapter_bytes for one in found):
+    if len(made) == 1 and not options.get("merge_adapters"):
         total -= (len(found) - 1) * (found[0].weights_bytes - found[0].adapter_bytes)
     return found, total
 
