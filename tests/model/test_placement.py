@@ -73,7 +73,7 @@ def test_what_contradicts_itself_or_is_not_there_is_said(monkeypatch: pytest.Mon
     for given in ({"max_memory": "0=20GiB"}, {"device_map": "cuda:0"}, {"device_map": '{"model": 0}'}):
         with pytest.raises(ModelError, match="device cuda:0: this machine has 0 CUDA devices"):
             Placement.of(None, given)
-    with pytest.raises(UsageError, match="tp_plan 'auto': tensor parallel .* expected --device-map auto"):
+    with pytest.raises(UsageError, match="tp_plan 'auto': tensor parallel .* expected device_map auto"):
         Placement.of(None, {"tp_plan": "auto"})
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(ModelError, match=r"need bitsandbytes, .*safety-neurons\[quantize\]"):
