@@ -39,11 +39,12 @@ def hush() -> None:
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - to the end
 
 
-def meet(words: str) -> None:
+def meet(words: str, device_map: str | None = None) -> None:
     """Join the other processes, where there are some, for a verb that they can share.
 
     Raises:
-        UsageError: a verb that one process does alone. RunError: the others do not come.
+        UsageError: a verb that one process does alone, or a device map that takes all GPUs.
+        RunError: the others do not come.
     """
     if launched() == 1:
         return
@@ -51,6 +52,11 @@ def meet(words: str) -> None:
         raise UsageError(
             f"{words} is done by one process, and {launched()} were started; expected it without torchrun or "
             f"accelerate launch: safety-neurons {words}"
+        )
+    if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        raise UsageError(
+            f"--device-map {device_map} spreads one model over all GPUs, and {launched()} processes would do "
+            "so; expected one process, or none of it: each takes the GPU of its own number"
         )
     from safety_neurons.model import ranks
 

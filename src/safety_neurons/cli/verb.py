@@ -214,7 +214,7 @@ def command_of(
                 declaration.check()
             common = parts.pop("common")
             assert isinstance(common, Common)
-            processes.meet(words)
+            processes.meet(words, common.device_map)
             session = Session(run, common, list(parts.values()))
             if common.dry_run and run != "run":  # which passes it on to the verb that it repeats
                 return importlib.import_module("safety_neurons.cli.plans").plan(session)

@@ -29,6 +29,7 @@ from safety_neurons.model import (
     conversation_text,
     encode_text,
     load,
+    ranks,
 )
 from safety_neurons.model.loading import folders_of
 from safety_neurons.results import Completion
@@ -630,9 +631,13 @@ class EndpointJudge(Judge):
         return {"rubric": self._rubric, "request": self._settings, **ending}
 
     def verdicts(self, cases: Sequence[Case]) -> list[JudgeVerdict]:
-        """One verdict a case, several requests at a time."""
-        with ThreadPoolExecutor(self._parallel) as pool:
-            return list(pool.map(self._verdict, cases))
+        """One verdict a case, several requests at a time; of several processes one asks."""
+
+        def ask() -> list[JudgeVerdict]:
+            with ThreadPoolExecutor(self._parallel) as pool:
+                return list(pool.map(self._verdict, cases))
+
+        return ranks.once(ask)
 
     def _verdict(self, case: Case) -> JudgeVerdict:
         turns = [{"role": "system", "content": self._rubric}, {"role": "user", "content": _question(case)}]

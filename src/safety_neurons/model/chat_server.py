@@ -20,6 +20,7 @@ from typing import Any
 
 from safety_neurons import strict_json
 from safety_neurons.errors import ModelError, UsageError
+from safety_neurons.model import ranks
 from safety_neurons.model.batches import BatchSize, Progress
 from safety_neurons.model.decoding import Decoding
 from safety_neurons.model.language_model import PendingCompletions, Texts
@@ -493,17 +494,14 @@ class Endpoint:
         self,
         prompts: Texts,
         *,
-        arm: str = "untreated",
-        batch_size: BatchSize = "auto",
-        progress: Progress | None = None,
         done: Completions | None = None,
         answered: Callable[[Completion], None] | None = None,
         notes: list[str] | None = None,
-        **decoding: Any,
+        **asking: Any,
     ) -> Completions:
         """Answers prompts as `LanguageModel.complete` does, greedy unless `sample` is set.
 
-        Several requests are under way at a time.
+        Several requests are under way at a time; of several processes one asks, and all get the answers.
 
         Arguments are those of `LanguageModel.complete`, but for these: `seed` is of sampling where the server
         knows seeds, `batch_size` are requests at a time (8 where `auto`), `progress` gets 0 for the tokens,
@@ -521,6 +519,33 @@ class Endpoint:
             ServerError: The server cannot be reached, takes no key or address, refuses every request, or
             gives no answer that can be read.
         """
+        said: list[str] = []
+
+        def ask() -> tuple[Completions, list[str]]:
+            return self._asked(prompts, done=done, answered=answered, notes=said, **asking), said
+
+        completions, said = ranks.once(ask)
+        if ranks.rank() and answered is not None:
+            kept = {(one.prompt_id, one.completion) for one in done or ()}
+            for one in completions:
+                if (one.prompt_id, one.completion) not in kept:
+                    answered(one)
+        if notes is not None:
+            notes += said
+        return completions
+
+    def _asked(
+        self,
+        prompts: Texts,
+        *,
+        arm: str = "untreated",
+        batch_size: BatchSize = "auto",
+        progress: Progress | None = None,
+        done: Completions | None = None,
+        answered: Callable[[Completion], None] | None = None,
+        notes: list[str],
+        **decoding: Any,
+    ) -> Completions:
         how = Decoding.of(decoding)
         body: dict[str, Any] = {"max_tokens": how.max_new_tokens, "temperature": 0.0, "seed": how.seed}
         if how.sample:
@@ -562,16 +587,15 @@ class Endpoint:
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-        if notes is not None:
-            notes += [
-                f"{count} of {len(asked)} answers {_MEANING.get(reason, f'ended in {reason!r}')}"
-                for reason, count in odd.items()
-            ]
-            notes += [
-                f"the server takes no {name!r}: {f'{new!r} was sent instead' if new else 'it was left out'}"
-                for name, new in self._server.changed.items()
-            ]
-            notes += [f"{count} requests refused: {error}" for error, count in errors.most_common(3)]
+        notes += [
+            f"{count} of {len(asked)} answers {_MEANING.get(reason, f'ended in {reason!r}')}"
+            for reason, count in odd.items()
+        ]
+        notes += [
+            f"the server takes no {name!r}: {f'{new!r} was sent instead' if new else 'it was left out'}"
+            for name, new in self._server.changed.items()
+        ]
+        notes += [f"{count} requests refused: {error}" for error, count in errors.most_common(3)]
         return pending.completions
 
     def _go_on(self, odd: Counter[str], errors: Counter[str], n: int) -> None:
