@@ -262,7 +262,7 @@ def test_what_cannot_be_weighed_is_refused():
         find_snip(lm, HARMFUL, harmless=HARMLESS, count=3, agreement=0.5)
     with pytest.raises(UsageError, match="no option 'utilities'"):
         find_snip(lm, HARMFUL, harmless=HARMLESS, utilities=0.1)
-    with pytest.raises(UnsupportedModelError, match="routed experts are not scored"):
+    with pytest.raises(UnsupportedModelError, match="is an expert's, and wanda scores attention and dense"):
         find_wanda(
             LanguageModel(build("mixtral"), tiny_tokenizer()), HARMFUL, harmless=HARMLESS, sites=("down",)
         )

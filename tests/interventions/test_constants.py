@@ -1,8 +1,8 @@
 import pytest
 import torch
-from naive import full, generated, lm, on_sites, shared_pair, sibling, some
+from naive import full, generated, lm, on_sites, shared_pair, some
 
-from families import build, random_ids
+from families import build, random_ids, sibling
 from safety_neurons.errors import NeuronError, UsageError
 from safety_neurons.interventions import deactivated, patched
 from safety_neurons.model import LanguageModel

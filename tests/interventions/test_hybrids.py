@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import pytest
 import torch
 import transformers
-from naive import full, generated, greedy, lm, patched_logits, sibling, some
+from naive import full, generated, greedy, lm, patched_logits, some
 
 from brute_force import brute_force
 from exact64 import Exact64
-from families import HYBRID_FAMILIES, build, random_ids, redraw
+from families import HYBRID_FAMILIES, build, random_ids, redraw, sibling
 from safety_neurons.detectors import find_importance
 from safety_neurons.errors import DecodeError
 from safety_neurons.interventions import patched

@@ -12,11 +12,10 @@ from naive import (
     patched_logits,
     positions,
     shared_pair,
-    sibling,
     some,
 )
 
-from families import build, random_ids
+from families import build, random_ids, sibling
 from safety_neurons.errors import (
     DecodeError,
     ForeignModelError,

@@ -3,6 +3,7 @@ flag back.
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from itertools import product
 from typing import Any
@@ -227,5 +228,5 @@ def test_an_organism_is_measured_in_evaluation_mode_and_put_back():
 
     lm = sn.load(organism.spec("planted"))
     with left_training(lm) as ran:
-        measure(lm.model, prompts=1)
+        measure(lm.model, dataclasses.replace(organism.recipe("planted"), measured_prompts=1))
     assert ran == []

@@ -92,8 +92,9 @@ VERBS = {
     "run": (
         "recipes",
         (
-            "Repeat a run with the same arguments into another --out, or follow a recipe and show published "
-            "numbers beside the measured ones."
+            "Repeat a run: the same verb with the same arguments into another --out; common options given "
+            "here take the place of its own. Of a recipe that lists published numbers, show them beside the "
+            "measured ones."
         ),
     ),
     "find": ("find", "Score neurons by one method and keep the ones a selection takes."),

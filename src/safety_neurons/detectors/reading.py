@@ -269,7 +269,9 @@ def under(other: LanguageModel, part: Part, shown: Shown) -> dict[str, Tensor]:
 def projected(place: SitePlace, fed: Tensor) -> Tensor:
     """What a projection makes of an input that may lie on another device."""
     weight = getattr(place.projection.base, "weight", fed)
-    return place.module(fed.to(weight.device))
+    # Past its hooks: the other model may be these very modules, whose pass is under way and counted.
+    output: Tensor = place.module.forward(fed.to(weight.device))
+    return output
 
 
 def input_scale(place: SitePlace) -> Tensor | None:
