@@ -334,7 +334,7 @@ def test_common_options_that_name_no_file_are_compared_as_words():
             "template_args",
             "think_end",
         ),
-        *("merge_adapters", "trust_remote_code"),
+        *("merge_adapters", "trust_remote_code", "dry_run"),
     }
 
 
