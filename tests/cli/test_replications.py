@@ -127,6 +127,7 @@ def followed(data, tmp_path_factory):
     return follow
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_that_ships_works_from_end_to_end(path, followed):
     _, result, folder = followed(path)
@@ -151,6 +152,7 @@ def test_a_recipe_that_ships_works_from_end_to_end(path, followed):
     assert record(folder)["result"] == found
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_its_table_is_reported(path, followed, tmp_path):
     _, result, folder = followed(path)
@@ -161,6 +163,7 @@ def test_its_table_is_reported(path, followed, tmp_path):
     )
 
 
+@pytest.mark.whole
 def test_its_table_is_shown_at_the_end(followed):
     words, _, folder = followed(FOLDER / "cna-jbb.json")
     shown = command(*words)  # Its steps are finished, so that only the table is made again.

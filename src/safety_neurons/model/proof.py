@@ -703,7 +703,7 @@ def _check_effects(anatomy: Anatomy, probe: Probe) -> None:
         noise, *effects = _effects(anatomy, probe, edits, len(group) + 2, last=True)
         for key, effect in zip(group, effects, strict=True):
             if effect <= 2 * noise and not _idle(anatomy, key):
-                # What hardly moves the last token may move others; for all sites these logits would take too much.
+                # What hardly moves the last token may move others; of all sites these would take too much.
                 noise_, whole = _effects(anatomy, probe, {key: _silence(2)}, 3, last=False)
                 if whole > 2 * noise_:
                     continue
