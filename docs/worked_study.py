@@ -2,7 +2,8 @@
 
     python docs/worked_study.py [--page PAGE] --run FOLDER [--data FOLDER]
         run every command of the page in FOLDER, keep the numbers it quotes, put them into the page
-    python docs/worked_study.py --keep FOLDER    the same from runs that are finished there
+    python docs/worked_study.py --keep FOLDER    the same from runs that are finished there; of other commands
+        what was kept before stays
     python docs/worked_study.py --write          put the kept numbers into the page
 
 A number in the page stands between two comments, `<!--RUN.PATH-->` and `<!--/-->`: RUN is the last part of
@@ -134,9 +135,9 @@ def run(page: str, folder: pathlib.Path, data: pathlib.Path | None) -> None:
             sys.stderr.write(f"{name} ended with {done.returncode}: {done.stdout}{done.stderr[-2000:]}\n")
 
 
-def keep(page: str, folder: pathlib.Path) -> dict[str, Any]:
+def keep(page: str, folder: pathlib.Path, before: dict[str, Any]) -> dict[str, Any]:
     """The values that the page quotes, from the records of the finished runs, and the commands they come
-    from.
+    from; of a command without a record there, what was kept before from the same command.
     """
     records: dict[str, Any] = {}
     for name, words in commands(page).items():
@@ -145,17 +146,23 @@ def keep(page: str, folder: pathlib.Path) -> dict[str, Any]:
             records[name] = json.loads((out / "run.json").read_text(encoding="utf-8")).get("result", {})
         elif words[0] == "python":
             rows = sorted(out.glob("*.json"))
+            if not rows:
+                continue
             records[name] = {row.stem: json.loads(row.read_text(encoding="utf-8")) for row in rows}
+    now = {name: shlex.join(words) for name, words in commands(page).items()}
+    unchanged = {name for name, said in now.items() if before["commands"].get(name) == said}
     numbers = {}
     for path in quoted(page):
+        name = path.split(".")[0]
+        if name not in records and name in unchanged and path in before["numbers"]:
+            numbers[path] = before["numbers"][path]
+            continue
         try:
             numbers[path] = at(records, path)
         except (KeyError, IndexError, TypeError, StopIteration):
             sys.stderr.write(f"{path}: the command gave no such value\n")
-    return {
-        "commands": {name: shlex.join(words) for name, words in commands(page).items()},
-        "numbers": numbers,
-    }
+    said = {name: command for name, command in now.items() if name in records or name in unchanged}
+    return {"commands": said, "numbers": numbers}
 
 
 def main() -> None:
@@ -173,11 +180,12 @@ def main() -> None:
     page = file.read_text(encoding="utf-8")
     if options.run:
         run(page, options.run, options.data)
+    kept: dict[str, Any] = {"commands": {}, "numbers": {}}
+    if kept_file.is_file():
+        kept = json.loads(kept_file.read_text(encoding="utf-8"))
     if options.run or options.keep:
-        kept_file.write_text(
-            json.dumps(keep(page, options.run or options.keep), indent=1) + "\n", encoding="utf-8"
-        )
-    kept = json.loads(kept_file.read_text(encoding="utf-8"))
+        kept = keep(page, options.run or options.keep, kept)
+        kept_file.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     if options.run or options.keep or options.write:
         file.write_text(filled(page, kept["numbers"]), encoding="utf-8")
     for line in wrong(file.read_text(encoding="utf-8"), kept):

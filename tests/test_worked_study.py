@@ -52,6 +52,14 @@ def test_every_command_on_real_models_is_understood(study):
             parse(words)
 
 
+def test_numbers_stay_where_a_command_has_no_new_record_and_is_unchanged(study, page, kept, tmp_path):
+    assert study.keep(page, tmp_path, kept) == kept
+    changed = page.replace("--top 0.02 --out runs/study/found", "--top 0.03 --out runs/study/found")
+    without = study.keep(changed, tmp_path, kept)
+    assert set(kept["commands"]) - set(without["commands"]) == {"found"}
+    assert not any(path.startswith("found.") for path in without["numbers"])
+
+
 def test_a_number_or_a_command_that_is_changed_by_hand_is_noticed(study, page, kept):
     mark = next(mark for mark in study.MARK.finditer(page) if re.fullmatch(r"\d+", mark["text"]))
     forged = page.replace(mark[0], mark[0].replace(f">{mark['text']}<", f">{int(mark['text']) + 1}<"))
