@@ -35,6 +35,25 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _beartyped(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with a check that is compiled at its first call: a process calls a part of the package,
+    and compiling the checks of all of it takes half a minute. What is no plain function is compiled at once,
+    because others ask what it is.
+    """
+    if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+        return _compiled(function)
+    check = None
+
+    @functools.wraps(function)
+    def checks(*args: Any, **options: Any) -> Any:
+        nonlocal check
+        if check is None:
+            check = _compiled(function)
+        return check(*args, **options)
+
+    return checks
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Checks all but annotations in quotes: they name what only type checkers import, or a class that is
     still being made.
     """

@@ -243,7 +243,7 @@ def look(method: str, others: Sequence[str] = ()) -> tuple[str, str]:
 
 def data(rows: Sequence[Mapping[str, Any]]) -> alt.Data:
     """Rows as inline data."""
-    return alt.Data(values=[dict(row) for row in rows])
+    return alt.Data(values=tuple(dict(row) for row in rows))
 
 
 def site_map(
@@ -286,10 +286,10 @@ def _on_ramp(value: float, largest: float = 1.0) -> dict[str, str]:
 
 def _heat_map(rows: Sequence[Mapping[str, Any]], x: alt.X, y: alt.Y, **edges: Any) -> Any:
     """A tile for every row, its label on it."""
-    base = alt.Chart(data(rows)).encode(x=x, y=y, description="tip:N")
+    base = alt.Chart(data(rows)).encode(x=x, y=y, description=alt.Description("tip:N"))
     tiles = base.mark_rect(cornerRadius=2, **edges).encode(color=alt.Color("colour:N", scale=None))
     text = base.mark_text(fontSize=11, aria=False).encode(
-        text="label:N", color=alt.Color("text:N", scale=None)
+        text=alt.Text("label:N"), color=alt.Color("text:N", scale=None)
     )
     return alt.layer(tiles, text)
 
@@ -401,14 +401,14 @@ def _band(band: Mapping[int, tuple[float, float]], x: alt.X, y: alt.Y) -> list[A
         {"n": n, "value": low, "high": high, "tip": f"random sets of {n:,} neurons: {low:.2f} to {high:.2f}"}
         for n, (low, high) in sorted(band.items())
     ]
-    base = alt.Chart(data(rows)).encode(x=x, y=y, y2="high:Q", description="tip:N")
+    base = alt.Chart(data(rows)).encode(x=x, y=y, y2=alt.Y2("high:Q"), description=alt.Description("tip:N"))
     label = alt.Chart(data(rows[-1:])).mark_text(
         align="right", dx=4, dy=-10, color=SOFT, fontSize=12, aria=False
     )
     return [
         base.mark_area(color=BAND, stroke=BAND, strokeWidth=5, strokeJoin="round", opacity=0.6, aria=False),
         base.mark_rule(color=BAND, strokeWidth=7, strokeCap="round"),
-        label.encode(x=x, y=alt.Y("high:Q"), text=alt.value("random sets (range)")),
+        label.encode(x=x, y=alt.Y("high:Q"), text=alt.TextValue("random sets (range)")),
     ]
 
 
@@ -441,17 +441,19 @@ def _references(ceilings: list[dict[str, Any]], y: alt.Y, width: int) -> list[An
         )
         if width <= NARROW:
             text = alt.Chart(data([row])).mark_text(align="left", dy=-8, dx=2, color=INK, aria=False)
-            layers.append(text.encode(y=y, x=alt.value(0), text="method:N"))
+            layers.append(text.encode(y=y, x=alt.XValue(0), text=alt.Text("method:N")))
     return layers
 
 
 def _lines(lines: list[dict[str, Any]], x: alt.X, y: alt.Y) -> list[Any]:
     base = alt.Chart(data(lines)).encode(x=x, y=y, color=alt.Color("colour:N", scale=None))
     points = base.mark_point(filled=True, size=58, opacity=1, stroke=PAPER, strokeWidth=1).encode(
-        shape=alt.Shape("shape:N", scale=None), description="tip:N"
+        shape=alt.Shape("shape:N", scale=None), description=alt.Description("tip:N")
     )
-    ends = base.mark_rule(strokeWidth=1.6, opacity=0.75, aria=False).encode(y=alt.Y("low:Q"), y2="high:Q")
-    strokes = base.mark_line(strokeWidth=2.2, aria=False).encode(detail="method:N")
+    ends = base.mark_rule(strokeWidth=1.6, opacity=0.75, aria=False).encode(
+        y=alt.Y("low:Q"), y2=alt.Y2("high:Q")
+    )
+    strokes = base.mark_line(strokeWidth=2.2, aria=False).encode(detail=alt.Detail("method:N"))
     return [ends, strokes, points]
 
 
@@ -467,9 +469,9 @@ def _names(
             alt.Chart(data([row]))
             .mark_text(align="right", fontWeight="bold", aria=False)
             .encode(
-                x=alt.value(width),
-                y=alt.value(-16 * (len(ordered) - place) - 8),
-                text="method:N",
+                x=alt.XValue(width),
+                y=alt.YValue(-16 * (len(ordered) - place) - 8),
+                text=alt.Text("method:N"),
                 color=colour,
             )
             for place, row in enumerate(ordered)
@@ -479,7 +481,7 @@ def _names(
         below = min(row["value"], below - 17 * per_pixel)
         labels.append(row | {"value": below})
     text = alt.Chart(data(labels)).mark_text(align="left", fontWeight="bold", aria=False)
-    return [text.encode(x=alt.value(width + 8), y=y, text="method:N", color=colour)]
+    return [text.encode(x=alt.XValue(width + 8), y=y, text=alt.Text("method:N"), color=colour)]
 
 
 @dataclass(frozen=True)
@@ -589,11 +591,19 @@ def _dots(
     dotted = alt.Chart(data([row for row in shown if row["value"] is not None])).mark_point(
         filled=True, size=80, opacity=1
     )
-    layers.append(ranged.encode(y=y, x=alt.X("low:Q"), x2="high:Q", color=colour))
+    layers.append(ranged.encode(y=y, x=alt.X("low:Q"), x2=alt.X2("high:Q"), color=colour))
     layers.append(
-        dotted.encode(y=y, x=x, color=colour, shape=alt.Shape("shape:N", scale=None), description="tip:N")
+        dotted.encode(
+            y=y,
+            x=x,
+            color=colour,
+            shape=alt.Shape("shape:N", scale=None),
+            description=alt.Description("tip:N"),
+        )
     )
-    layers.append(base.mark_text(align="left", dx=10, aria=False).encode(x=alt.value(width), text="text:N"))
+    layers.append(
+        base.mark_text(align="left", dx=10, aria=False).encode(x=alt.XValue(width), text=alt.Text("text:N"))
+    )
     return alt.layer(*layers)
 
 
@@ -617,12 +627,12 @@ def _chance(order: Sequence[str], rows: Sequence[DotRow], y: alt.Y, x: alt.X) ->
             bars = alt.Chart(data(known)).mark_rule(
                 color=colour, strokeWidth=thick, yOffset=below, aria=False
             )
-            layers.append(bars.encode(y=y, x=alt.X("low:Q"), x2="high:Q"))
+            layers.append(bars.encode(y=y, x=alt.X("low:Q"), x2=alt.X2("high:Q")))
         if means:
             ticks = alt.Chart(data(means)).mark_tick(
                 color=colour if below else FAINT, thickness=2, size=12 - below // 3, yOffset=below
             )
-            layers.append(ticks.encode(y=y, x=x, description=alt.value("mean of chance")))
+            layers.append(ticks.encode(y=y, x=x, description=alt.DescriptionValue("mean of chance")))
     return layers
 
 
@@ -714,7 +724,9 @@ def _curves(lines: Sequence[Line], plane: Plane, bands: Bands, width: int) -> An
             else {"color": BAND}
         )
         layers.append(
-            alt.Chart(data(rows)).mark_area(opacity=0.6, aria=False, **edge).encode(x=x, y=y, y2="high:Q")
+            alt.Chart(data(rows))
+            .mark_area(opacity=0.6, aria=False, **edge)
+            .encode(x=x, y=y, y2=alt.Y2("high:Q"))
         )
     if plane.diagonal:
         (left, right), (low, high) = plane.x_range, plane.y_range
@@ -748,14 +760,19 @@ def _curves(lines: Sequence[Line], plane: Plane, bands: Bands, width: int) -> An
             layers.append(
                 alt.Chart(data(rules))
                 .mark_rule(strokeWidth=1.4, opacity=0.7, aria=False)
-                .encode(x=x, y=y, y2="high:Q", color=colour)
+                .encode(x=x, y=y, y2=alt.Y2("high:Q"), color=colour)
             )
         if line.marked:
             dots = [row | {"tip": f"{name}: {row['x']:.4g}, {row['y']:.3f}"} for row in made]
             shape = SHAPES[names.index(name) % len(SHAPES)]
             points = alt.Chart(data(dots)).mark_point(filled=True, size=46, opacity=1, shape=shape)
             layers.append(
-                points.encode(x=x, y=y, color=alt.value(COLOURS[names.index(name)]), description="tip:N")
+                points.encode(
+                    x=x,
+                    y=y,
+                    color=alt.ColorValue(COLOURS[names.index(name)]),
+                    description=alt.Description("tip:N"),
+                )
             )
     return alt.layer(*layers)
 
