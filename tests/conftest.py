@@ -3,6 +3,7 @@
 The suite runs offline, on CPU, with nothing but the package and its test tools.
 """
 
+import gc
 import os
 import pathlib
 from collections.abc import Iterator
@@ -18,6 +19,9 @@ type_checking.install()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# peft imports bitsandbytes, which loads torch's compiler for functions that no test needs compiled: four
+# seconds of every process.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 # The same examples on every machine, no files left behind, and no failure because a machine is busy.
 hypothesis.settings.register_profile("suite", max_examples=30, deadline=None, derandomize=True, database=None)
@@ -45,6 +49,14 @@ def no_waiting_for_the_disk() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(os, "fsync", lambda descriptor: None)
         yield
+
+
+def pytest_collection_finish() -> None:
+    """Leave what importing made to itself: it stays to the end, and every search for garbage that looks at
+    all of it takes a second.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

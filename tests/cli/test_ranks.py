@@ -20,7 +20,7 @@ from running import Outcome
 from tiny_pair import HARMFUL, HARMLESS
 
 PROGRAM = """
-import json, os, pathlib, signal, sys
+import gc, json, os, pathlib, signal, sys
 here, tests, plan = json.loads(sys.argv[1])
 sys.path[:0] = tests
 from running import command
@@ -47,6 +47,7 @@ def share(scene, rank):
 
 for scene in plan:
     children = []
+    gc.freeze()  # Searching for garbage in all that was imported takes longer than a command.
     for rank in range(scene["size"] if scene["size"] > 1 else 0):
         child = os.fork()
         if not child:

@@ -24,6 +24,12 @@ from safety_neurons.neurons import NeuronSet
 from tiny import tiny_llama, tiny_tokenizer
 
 
+@pytest.fixture(autouse=True)
+def compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.compile` compiles in these tests."""
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+
+
 @pytest.fixture
 def anatomy() -> Anatomy:
     return resolve(build("phi3"))
