@@ -1,5 +1,7 @@
 """transfer: every cell recomputed from the kept completions, ability measured under the same patch."""
 
+import dataclasses
+
 import pytest
 
 from safety_neurons import organism
@@ -140,9 +142,12 @@ def test_sets_are_those_of_their_own_group_and_are_taken_up_again(pair, tmp_path
     assert found["first"] != found["second"]
     searched = []
     find = comparison.find
-    monkeypatch.setattr(
-        comparison, "find", lambda *given, **more: searched.append(given) or find(*given, **more)
-    )
+
+    def said(*given, **more):
+        searched.append(given)
+        return dataclasses.replace(find(*given, **more), notes=("a batch was halved",))
+
+    monkeypatch.setattr(comparison, "find", said)
     again = find_by_group(pair.base, pair.aligned, groups, place=lambda name: tmp_path / name, **options)
     assert again == found
     assert not searched
@@ -151,10 +156,11 @@ def test_sets_are_those_of_their_own_group_and_are_taken_up_again(pair, tmp_path
     Scores({key: -values for key, values in kept.items()}, kept.table, kept.provenance).save(
         file
     )  # no longer what was found
-    assert (
-        find_by_group(pair.base, pair.aligned, groups, place=lambda name: tmp_path / name, **options) == found
-    )
+    notes: list[str] = []
+    options |= {"place": lambda name: tmp_path / name, "notes": notes}
+    assert find_by_group(pair.base, pair.aligned, groups, **options) == found
     assert len(searched) == 1
+    assert [note for note in notes if "halved" in note] == ["first: a batch was halved"]
 
 
 def test_sets_found_on_one_category_of_the_organism_restore_refusals_on_another():

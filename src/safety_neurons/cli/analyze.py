@@ -205,8 +205,9 @@ def languages(session: Session, study: LanguageStudy) -> dict[str, Any]:
                 sets = {code: session.neurons(path, model) for code, path in study.given.items()}
             else:
                 groups = studies.Groups(texts(study.find_prompts, study.find_limit))
+                chosen = finding(session, study, study.chosen)
                 sets = studies.find_by_group(
-                    base, model, groups, **finding(session, study, study.chosen), progress=tell
+                    base, model, groups, **chosen, progress=tell, notes=session.notes
                 )
             compared = analysis.languages(sets, seed=session.common.seed)
             matrix = studies.deactivation_matrix(
@@ -290,8 +291,9 @@ def transfer(session: Session, study: TransferStudy) -> dict[str, Any]:
         find, test = apart(session, study, pair.base)
         limit = None if study.test_limit is None else study.test_limit * len(test.names)
         with session.status("analyze transfer") as tell:
+            chosen = finding(session, study, method)
             sets = studies.find_by_group(
-                pair.base, pair.aligned, find, **finding(session, study, method), progress=tell
+                pair.base, pair.aligned, find, **chosen, progress=tell, notes=session.notes
             )
             moved = studies.transfer(
                 pair.base,

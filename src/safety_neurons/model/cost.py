@@ -8,7 +8,7 @@ import functools
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +18,7 @@ from safety_neurons.model.language_model import LanguageModel
 from safety_neurons.model.outline import Outline
 from safety_neurons.model.passes import LOGIT_BYTES
 from safety_neurons.model.proof import ROWS_AT_ONCE, TOKENS
+from safety_neurons.model.sites import AttentionAnatomy
 from safety_neurons.neurons import MLP_SITES
 from safety_neurons.prompt_lists import Prompts
 
@@ -358,27 +359,29 @@ def _forward(outline: Outline, length: int) -> float:
     return length * (2 * outline.decoder_parameters + _attended(outline, length))
 
 
-def _attended(outline: Outline, length: float | int) -> float:
-    """Operations a token of scores and mixtures of all layers, half of the keys being hidden on average."""
-    total = 0.0
+def _attentions(outline: Outline) -> Iterator[tuple[AttentionAnatomy, int | None]]:
+    """The attention of every layer that has one, with how far back it looks."""
     for layer, window in zip(outline.anatomy.layers, outline.windows, strict=True):
         if layer.attention is not None:
-            mixed = layer.attention.n_heads * layer.attention.head_dim
-            total += 2 * mixed * min(length, 2 * (window or length))
-    return total
+            yield layer.attention, window
+
+
+def _attended(outline: Outline, length: float | int) -> float:
+    """Operations a token of scores and mixtures of all layers, half of the keys being hidden on average."""
+    return sum(
+        2.0 * part.n_heads * part.head_dim * min(length, 2 * (window or length))
+        for part, window in _attentions(outline)
+    )
 
 
 def _exact_operations(outline: Outline, length: int) -> float:
     """Of exact importance beside the pass: for each row of q and k new softmaxes of its heads, their mixtures
     of values, and the norm of what the output projection makes of them.
     """
-    total = 0.0
-    for layer in outline.anatomy.layers:
-        if layer.attention is not None:
-            width = layer.attention.head_dim
-            mixed = layer.attention.n_heads * width
-            total += 2 * mixed * (length**2 * width + 2 * length * width**2)
-    return total
+    return sum(
+        2.0 * part.n_heads * part.head_dim**2 * (length**2 + 2 * length * part.head_dim)
+        for part, _ in _attentions(outline)
+    )
 
 
 def _exact_bytes(outline: Outline, longest: int, short: int, together: int) -> int:
@@ -387,13 +390,11 @@ def _exact_bytes(outline: Outline, longest: int, short: int, together: int) -> i
     """
     factors = states = 0
     wide = max(outline.itemsize, 4)
-    for layer in outline.anatomy.layers:
-        if layer.attention is not None:
-            part = layer.attention
-            mixed = part.n_heads * part.head_dim
-            factors += wide * (mixed**2 // part.n_kv_heads + part.n_heads * part.head_dim**2)
-            at_once = together if longest <= short else 1
-            states = max(states, 3 * wide * at_once * part.n_heads * longest**2)
+    for part, _ in _attentions(outline):
+        mixed = part.n_heads * part.head_dim
+        factors += wide * (mixed**2 // part.n_kv_heads + part.n_heads * part.head_dim**2)
+        at_once = together if longest <= short else 1
+        states = max(states, 3 * wide * at_once * part.n_heads * longest**2)
     return factors + states + (CHUNK if outline.device.type == "cpu" else 2**28)
 
 
@@ -415,12 +416,7 @@ def layer_width(outline: Outline) -> int:
 def cache_width(outline: Outline) -> int:
     """Numbers that keys and values of a token take in all layers."""
     return sum(
-        part.places[site].size
-        for layer in outline.anatomy.layers
-        for part in (layer.attention,)
-        if part is not None
-        for site in "kv"
-        if site in part.places
+        part.places[site].size for part, _ in _attentions(outline) for site in "kv" if site in part.places
     )
 
 

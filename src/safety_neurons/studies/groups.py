@@ -120,6 +120,7 @@ def find_by_group(
     max_new_tokens: int = 64,
     place: Place | None = None,
     progress: Progress | None = None,
+    notes: list[str] | None = None,
     **options: Any,
 ) -> dict[str, NeuronSet]:
     """For every group the units with the largest scores on its prompts; the same number for all.
@@ -132,6 +133,7 @@ def find_by_group(
         max_new_tokens: length of completions, for methods that write some.
         place: where the scores of every group are kept, which a killed study takes up again.
         progress: told every group.
+        notes: gets what the searches had to say, with the group.
         **options: `method`, and otherwise the fields of `HowFound`: a feed-forward index or a `v` row with
             its `o` columns counts as one unit; `batch_size`, prompts per pass.
 
@@ -160,7 +162,9 @@ def find_by_group(
     for name, prompts in groups.members.items():
         if progress is not None:
             progress(f"find on {name}")
-        scores, _ = searches.scores(_file_name(name), searching, prompts, batch_size)
+        scores, cost = searches.scores(_file_name(name), searching, prompts, batch_size)
+        if notes is not None:
+            notes += [f"{name}: {note}" for note in cost["notes"]]
         sets[name] = whole_units(scores.top_units(budget), sites)
     return sets
 

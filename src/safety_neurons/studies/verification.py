@@ -61,6 +61,15 @@ CEILING, ALL_PATCHED = "ceiling", "all neurons of the sites patched"
 BY_PARAMETERS = "ceiling by parameters"
 
 
+class Verified(How, total=False):
+    """How a set is verified: `How`, and what of the set and of what else it changes."""
+
+    text: Source | None
+    """General text for perplexity."""
+    sizes: Sequence[float]
+    """Shares of the scored neurons; only with scores."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Ceiling(Recorded[CeilingRecord]):
     """All neurons of some sites, in all layers, by activations and by parameters.
@@ -183,10 +192,8 @@ def verify_deactivate(
     harmful: Source,
     harmless: Source,
     *,
-    text: Source | None = None,
-    sizes: Sequence[float] = (),
     experts: bool = False,
-    **how: Unpack[How],
+    **how: Unpack[Verified],
 ) -> Verification:
     """What the model loses without these neurons: necessity.
 
@@ -195,12 +202,11 @@ def verify_deactivate(
         neurons: a set, or scores together with `sizes`.
         harmful: requests the model should refuse.
         harmless: requests it should answer.
-        text: general text for perplexity.
-        sizes: shares of the scored neurons; only with scores.
         experts: turn whole experts off at the router instead (`rerouted`), beside random other experts of the
             same layers; the ceiling has all experts silent.
-        **how: `random` sets for each size, `seed`, `max_new_tokens`, `batch_size`, `completions_file` and
-            `progress`; see `How`.
+        **how: `text` for perplexity, `sizes` (shares of the scored neurons, only with scores), `random` sets
+            for each size, `seed`, `max_new_tokens`, `batch_size`, `completions_file` and `progress`; see
+            `Verified` and `How`.
 
     Raises:
         NeuronError: an empty set, one of another model, or with `experts` one that is not made of whole
@@ -210,12 +216,12 @@ def verify_deactivate(
     Differs: activations are masked instead of weights overwritten; five random sets made of what the set is
     made of, an interval on the paired difference, and the ceiling beside it.
     """
-    sets = _sets(neurons, sizes, model)
+    sets = _sets(neurons, how.pop("sizes", ()), model)
     if experts:
         for _, members in sets:
             whole_experts(members, model.table)
     given = {"model": model, "neurons": neurons, **({"experts": True} if experts else {})}
-    bench = Bench.of(given, harmful, harmless, text, **{**AUTO, **how})
+    bench = Bench.of(given, harmful, harmless, how.pop("text", None), **{**AUTO, **how})
     treat = functools.partial(_off_at_router if experts else _off, model)
     return _verify(
         SubjectModels("deactivate", bench, model, treat), sets, random_experts if experts else _random_units
@@ -247,10 +253,7 @@ def verify_patch(
     neurons: NeuronSet | Scores,
     harmful: Source,
     harmless: Source,
-    *,
-    text: Source | None = None,
-    sizes: Sequence[float] = (),
-    **how: Unpack[How],
+    **how: Unpack[Verified],
 ) -> Verification:
     """How much of the aligned model's refusal these neurons alone carry over into the base model:
     sufficiency.
@@ -262,9 +265,9 @@ def verify_patch(
     sets are disjoint from the set where possible; a paired interval; the ceiling (all neurons of the sites)
     beside it; undefined where the models do not differ.
     """
-    bench = Bench.of(
-        {"base": base, "aligned": aligned, "neurons": neurons}, harmful, harmless, text, **{**AUTO, **how}
-    )
+    sizes, text = how.pop("sizes", ()), how.pop("text", None)
+    given = {"base": base, "aligned": aligned, "neurons": neurons}
+    bench = Bench.of(given, harmful, harmless, text, **{**AUTO, **how})
     subject = SubjectModels(
         "patch", bench, base, lambda members: functools.partial(patched, base, aligned, members), aligned
     )
@@ -318,10 +321,7 @@ def verify_both(
     neurons: NeuronSet | Scores,
     harmful: Source,
     harmless: Source,
-    *,
-    text: Source | None = None,
-    sizes: Sequence[float] = (),
-    **how: Unpack[How],
+    **how: Unpack[Verified],
 ) -> TwoSided:
     """Sufficiency and necessity of the same sets, size by size: what they carry from the aligned model into
     the base model, and what the aligned model loses without them.
@@ -333,10 +333,10 @@ def verify_both(
     the same sets; a set can restore refusals without which the model still has them, and the other way round.
     """
     given = (neurons, harmful, harmless)
-    patch = verify_patch(base, aligned, *given, text=text, sizes=sizes, **how)
+    patch = verify_patch(base, aligned, *given, **how)
     if (file := how.get("completions_file")) is not None:
         how["completions_file"] = Path(file).with_name(f"deactivated-{Path(file).name}")
-    return TwoSided(patch, verify_deactivate(aligned, *given, text=text, sizes=sizes, **how))
+    return TwoSided(patch, verify_deactivate(aligned, *given, **how))
 
 
 def _sets(
