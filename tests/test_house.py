@@ -1,6 +1,7 @@
 """The house rules a machine can check. FLOORS, read from the top down, is the architecture."""
 
 import ast
+import functools
 import importlib
 import pathlib
 import subprocess
@@ -39,10 +40,16 @@ def box_of(path: pathlib.Path) -> str:
 MODULES = {path: box_of(path) for path in sorted(SOURCE.rglob("*.py")) if path != SOURCE / "__init__.py"}
 
 
-def imports(tree: ast.AST) -> set[str]:
-    """Boxes of the package that a syntax tree imports, inside functions too."""
+@functools.cache
+def nodes(path: pathlib.Path) -> list[ast.AST]:
+    """All nodes of a module's syntax tree, itself first."""
+    return list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+
+
+def imports(path: pathlib.Path) -> set[str]:
+    """Boxes of the package that a module imports, inside functions too."""
     seen = set()
-    for node in ast.walk(tree):
+    for node in nodes(path):
         if isinstance(node, ast.ImportFrom) and node.level:
             seen.add("a relative import")
         elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "safety_neurons":
@@ -75,7 +82,7 @@ def test_imports_only_go_down():
     bad = [
         f"{path.relative_to(SOURCE)} imports {seen}"
         for path, box in MODULES.items()
-        for seen in imports(ast.parse(path.read_text(encoding="utf-8")))
+        for seen in imports(path)
         if breaks_the_floors(box, seen)
     ]
     assert not bad, bad
@@ -90,12 +97,7 @@ def test_the_floor_rule_can_fail():
 
 
 def test_nouns_do_not_import_one_another_in_a_circle():
-    arrows = {
-        (box, seen)
-        for path, box in MODULES.items()
-        for seen in imports(ast.parse(path.read_text()))
-        if box != seen
-    }
+    arrows = {(box, seen) for path, box in MODULES.items() for seen in imports(path) if box != seen}
     assert not [(a, b) for a, b in arrows if (b, a) in arrows]
 
 
@@ -110,7 +112,7 @@ def test_modules_and_functions_stay_small():
         text = path.read_text(encoding="utf-8")
         if text.count("\n") > 900:
             long.append(f"{path.relative_to(SOURCE)}: {text.count(chr(10))} lines")
-        for node in ast.walk(ast.parse(text)):
+        for node in nodes(path):
             if (
                 isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
                 and node.end_lineno - node.lineno > 100
@@ -137,7 +139,7 @@ def test_the_nouns_import_neither_torch_nor_transformers():
     for path, box in MODULES.items():
         if FLOOR.get(box, 9) > 2:
             continue
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in nodes(path):
             names = (
                 [a.name for a in node.names]
                 if isinstance(node, ast.Import)
@@ -243,17 +245,16 @@ def test_test_modules_have_names_of_their_own():
     )
 
 
-TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in MODULES}
-
-
 def test_no_result_crosses_the_border_of_a_box_as_a_mapping_of_anything():
     """What studies, results and report give and take is typed (`results.records`), or free JSON by its name
     (`strict_json.JsonObject`).
     """
     free = set()
-    for path, tree in TREES.items():
+    for path in MODULES:
         if box_of(path) in ("studies", "results", "display", "report"):
-            free |= {f"{path.relative_to(SOURCE).as_posix()} {name}" for name in _with_free_json(tree)}
+            free |= {
+                f"{path.relative_to(SOURCE).as_posix()} {name}" for name in _with_free_json(nodes(path)[0])
+            }
     assert not free, free
 
 
@@ -277,16 +278,14 @@ def _with_free_json(node: ast.AST) -> set[str]:
 
 
 def test_no_class_has_the_name_of_another():
-    names = [
-        node.name for tree in TREES.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)
-    ]
+    names = [node.name for path in MODULES for node in nodes(path) if isinstance(node, ast.ClassDef)]
     assert not (twice := {name for name in names if names.count(name) > 1}), twice
 
 
 def test_functions_take_eight_arguments_at_most():
     many = set()
-    for path, tree in TREES.items():
-        for node in ast.walk(tree):
+    for path in MODULES:
+        for node in nodes(path):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 names = [one.arg for one in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
                 if len(names) - (names[:1] in (["self"], ["cls"])) > 8:
@@ -298,12 +297,10 @@ def test_modules_do_not_import_one_another_in_a_circle():
     """Imports inside functions count; a box's own page (`__init__`), which only hands names on, does not."""
     names = {
         ".".join(path.relative_to(SOURCE.parent).with_suffix("").parts): path
-        for path in TREES
+        for path in MODULES
         if path.name != "__init__.py"
     }
-    below = {
-        name: {seen for seen in _modules(TREES[path], names) if seen != name} for name, path in names.items()
-    }
+    below = {name: {seen for seen in _modules(path, names) if seen != name} for name, path in names.items()}
     reach: dict[str, set[str]] = {}
     for name in names:
         seen, open_ = set(), list(below[name])
@@ -325,17 +322,17 @@ def test_a_module_of_few_lines_serves_several():
     """What one module alone needs, and is short, stands in that module."""
     names = {
         ".".join(path.relative_to(SOURCE.parent).with_suffix("").parts): path
-        for path in TREES
+        for path in MODULES
         if path.name not in ("__init__.py", "__main__.py")
     }
-    used = [name for path, tree in TREES.items() for name in _modules(tree, names) if names[name] != path]
+    used = [name for path in MODULES for name in _modules(path, names) if names[name] != path]
     small = {name for name, path in names.items() if path.read_text(encoding="utf-8").count("\n") < 60}
     assert not (lone := {name for name in small if used.count(name) <= 1}), lone
 
 
-def _modules(tree: ast.AST, names: dict[str, pathlib.Path]) -> set[str]:
+def _modules(path: pathlib.Path, names: dict[str, pathlib.Path]) -> set[str]:
     seen = set()
-    for node in ast.walk(tree):
+    for node in nodes(path):
         if isinstance(node, ast.ImportFrom):
             seen |= {
                 name

@@ -61,7 +61,7 @@ CEILING, ALL_PATCHED = "ceiling", "all neurons of the sites patched"
 BY_PARAMETERS = "ceiling by parameters"
 
 
-class Verified(How, total=False):
+class HowVerified(How, total=False):
     """How a set is verified: `How`, and what of the set and of what else it changes."""
 
     text: Source | None
@@ -193,7 +193,7 @@ def verify_deactivate(
     harmless: Source,
     *,
     experts: bool = False,
-    **how: Unpack[Verified],
+    **how: Unpack[HowVerified],
 ) -> Verification:
     """What the model loses without these neurons: necessity.
 
@@ -206,7 +206,7 @@ def verify_deactivate(
             same layers; the ceiling has all experts silent.
         **how: `text` for perplexity, `sizes` (shares of the scored neurons, only with scores), `random` sets
             for each size, `seed`, `max_new_tokens`, `batch_size`, `completions_file` and `progress`; see
-            `Verified` and `How`.
+            `HowVerified` and `How`.
 
     Raises:
         NeuronError: an empty set, one of another model, or with `experts` one that is not made of whole
@@ -253,7 +253,7 @@ def verify_patch(
     neurons: NeuronSet | Scores,
     harmful: Source,
     harmless: Source,
-    **how: Unpack[Verified],
+    **how: Unpack[HowVerified],
 ) -> Verification:
     """How much of the aligned model's refusal these neurons alone carry over into the base model:
     sufficiency.
@@ -321,7 +321,7 @@ def verify_both(
     neurons: NeuronSet | Scores,
     harmful: Source,
     harmless: Source,
-    **how: Unpack[Verified],
+    **how: Unpack[HowVerified],
 ) -> TwoSided:
     """Sufficiency and necessity of the same sets, size by size: what they carry from the aligned model into
     the base model, and what the aligned model loses without them.
