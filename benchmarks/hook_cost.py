@@ -19,7 +19,7 @@ import torch
 import transformers
 
 import patching_cost
-from paired import Row, finish, median, parser
+from paired import CLOCKS, Clock, Row, finish, median, parser
 from safety_neurons.interventions.patch import StackedPass
 from safety_neurons.interventions.targets import Subject, indices
 from safety_neurons.model.hooks import editing
@@ -29,7 +29,11 @@ STEPS = 15
 
 
 def step_times(
-    subject: Subject, editors: Mapping[str, Callable[[Any], Any]], ids: torch.Tensor, repetitions: int
+    subject: Subject,
+    editors: Mapping[str, Callable[[Any], Any]],
+    ids: torch.Tensor,
+    repetitions: int,
+    clock: Clock = time.perf_counter,
 ) -> list[float]:
     """Milliseconds a layer between the clock hooks, the median of some decoding steps a repetition."""
     cache = transformers.DynamicCache(config=subject.body.config)
@@ -37,7 +41,7 @@ def step_times(
     places = [subject.anatomy.places[key].hooked for key in editors]
 
     def note(*_: Any) -> None:
-        moments.append(time.perf_counter())
+        moments.append(clock())
 
     def step() -> float:
         moments.clear()
@@ -75,6 +79,8 @@ def main() -> None:
         device="cpu",
         dtype="float32",
         share=0.05,
+        model="",
+        apart=0.01,
     )
     ids = torch.randint(3, shape.vocabulary, (8, shape.prompt), generator=torch.Generator().manual_seed(1))
     base, _ = patching_cost.pair_of("ia3", shape)
@@ -83,9 +89,10 @@ def main() -> None:
         subject, subject, indices(subject.anatomy, patching_cost.chosen_neurons(base, shape.share))
     )
     idle = dict.fromkeys(state.editors(), lambda activation: activation)
+    clock = CLOCKS[options.clock]
     with base.active():
-        copying = step_times(subject, state.editors(), ids, options.repetitions)
-        nothing = step_times(subject, idle, ids, options.repetitions)
+        copying = step_times(subject, state.editors(), ids, options.repetitions, clock)
+        nothing = step_times(subject, idle, ids, options.repetitions, clock)
     rows = [
         Row(
             "hooks per decoded token and layer, 8 rows, 5 % of the down neurons",

@@ -27,7 +27,7 @@ import torch
 import transformers
 
 from safety_neurons.interventions import patched
-from safety_neurons.model import LanguageModel
+from safety_neurons.model import LanguageModel, load
 from safety_neurons.neurons import NeuronSet
 
 TARGETS = {"ia3": 1.6, "lora": 1.8, "separate": 2.2}
@@ -37,6 +37,7 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repetitions", type=int, default=31)
+    parser.add_argument("--model", default="", help="a checkpoint (real:NAME) in place of a random Llama")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--intermediate", type=int, default=1376)
@@ -44,6 +45,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--new", type=int, default=128)
+    parser.add_argument("--apart", type=float, default=0.01, help="noise that makes the second model")
     parser.add_argument("--share", type=float, default=0.05, help="share of the down neurons that is patched")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument(
@@ -60,8 +62,10 @@ def arguments() -> argparse.Namespace:
 
 
 def base_model(options: argparse.Namespace) -> Any:
-    """A random Llama of the asked shape."""
+    """A random Llama of the asked shape, or a checkpoint."""
     torch.manual_seed(0)
+    if options.model:
+        return load(options.model, dtype=options.dtype, device=options.device, offline=True).model
     config = transformers.LlamaConfig(
         vocab_size=options.vocabulary,
         hidden_size=options.hidden,
@@ -107,7 +111,7 @@ def pair_of(kind: str, options: argparse.Namespace) -> tuple[LanguageModel, Lang
     other = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in other.parameters():
-            parameter.add_(0.01 * torch.randn_like(parameter))
+            parameter.add_(options.apart * torch.randn_like(parameter))
     return LanguageModel(model), LanguageModel(other)
 
 
@@ -133,13 +137,17 @@ def timed(action: Callable[[], object], options: argparse.Namespace) -> float:
     return clock() - start
 
 
-def actions_of(kind: str, options: argparse.Namespace, ids: torch.Tensor) -> dict[str, Callable[[], object]]:
+def actions_of(
+    pair: tuple[LanguageModel, LanguageModel],
+    neurons: NeuronSet,
+    options: argparse.Namespace,
+    ids: torch.Tensor,
+) -> dict[str, Callable[[], Any]]:
     """Plain and patched generation of one pair."""
-    base, aligned = pair_of(kind, options)
-    neurons = chosen_neurons(base, options.share)
+    base, aligned = pair
     mask = torch.ones_like(ids)
 
-    def run() -> object:
+    def run() -> Any:
         with torch.no_grad():
             return base.model.generate(
                 input_ids=ids,
@@ -151,11 +159,11 @@ def actions_of(kind: str, options: argparse.Namespace, ids: torch.Tensor) -> dic
                 pad_token_id=0,
             )
 
-    def plain() -> object:
+    def plain() -> Any:
         with base.active():
             return run()
 
-    def with_patch() -> object:
+    def with_patch() -> Any:
         with patched(base, aligned, neurons):
             return run()
 
@@ -174,7 +182,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     ids = torch.randint(
         3, options.vocabulary, (options.batch, options.prompt), generator=torch.Generator().manual_seed(1)
     ).to(options.device)
-    actions = {kind: actions_of(kind, options, ids) for kind in options.pairs}
+    pairs = {kind: pair_of(kind, options) for kind in options.pairs}
+    actions = {
+        kind: actions_of(pair, chosen_neurons(pair[0], options.share), options, ids)
+        for kind, pair in pairs.items()
+    }
     for kind in actions.values():
         for action in kind.values():
             action()

@@ -3,6 +3,7 @@
 python benchmarks/run.py    # all, at least 31 repetitions where time is measured: about an hour on one core
 python benchmarks/run.py --quick    # few repetitions, to see that everything runs
 python benchmarks/run.py --only statistics startup
+python benchmarks/peers.py    # beside other tools, in an environment of its own
 """
 
 import argparse
@@ -12,7 +13,7 @@ import pathlib
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from paired import RESULTS, Median, Row, machine, print_rows
@@ -194,14 +195,18 @@ def written(name: str, rows: list[Row], record: dict[str, Any], options: argpars
     return rows
 
 
-def table(folder: pathlib.Path) -> str:
+PEERS = ("statistics", "patching", "tokens", "importance", "tuning")
+"""What peers.py measures, in an environment of its own, into a folder of its own."""
+
+
+def table(folder: pathlib.Path, names: Iterable[str] = tuple(BENCHMARKS)) -> str:
     """The written records as a Markdown table."""
     marks = {True: "met", False: "**not met**", None: ""}
     lines = [
         "| what | median [95 % interval] | must reach | | repetitions | load before |",
         "|---|---|---|---|---|---|",
     ]
-    for name in BENCHMARKS:
+    for name in names:
         if not (folder / f"{name}.json").is_file():
             continue
         record = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
@@ -235,6 +240,7 @@ def main() -> None:
     ).resolve()
     if options.table:
         print(table(options.out))
+        print(f"\n{table(options.out / 'peers', PEERS)}")
         return
     options.out.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []

@@ -5,13 +5,13 @@
 A random Llama (8 layers, hidden 512, intermediate 1408, 8 heads, 2 key-value heads, vocabulary 2,000) reads
 ragged sequences of 64 to 128 tokens in right-padded batches of 16. The floor is the same package's forward
 pass without a reader and without the head, so that leaving out the head hides nothing; a pass with the head
-stands beside it. Peers run in the same turns: hooks written by hand that select by a boolean mask and reduce,
-the same storing everything, and TransformerLens or nnsight where they are importable.
+stands beside it. Hooks written by hand run in the same turns, which select by a boolean mask and reduce or
+store everything; peers.py has other tools beside them.
 """
 
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,8 +20,21 @@ import transformers
 from paired import CLOCKS, Row, finish, interleaved, medians, parser, ratio
 from safety_neurons.model import LanguageModel, activation_statistics, run_batches
 from safety_neurons.model.batches import Batch, batches
+from safety_neurons.model.passes import Statistics
 
 MLP = ["down"]
+PLACES = {
+    "q": ("self_attn.q_proj", "output"),
+    "k": ("self_attn.k_proj", "output"),
+    "v": ("self_attn.v_proj", "output"),
+    "o": ("self_attn.o_proj", "input"),
+    "gate": ("mlp.gate_proj", "output"),
+    "up": ("mlp.up_proj", "output"),
+    "down": ("mlp.down_proj", "input"),
+}
+"""Where a Llama's sites are, in the order in which they come by: a projection of a layer, and its side."""
+Sums = Mapping[str, torch.Tensor]
+"""Σx and Σx² of a site, `[2, neuron]`, by key."""
 
 
 def model_of(vocabulary: int = 2000) -> LanguageModel:
@@ -51,27 +64,31 @@ class ByHand:
     stores) what is left.
     """
 
-    def __init__(self, lm: LanguageModel, store: bool) -> None:
-        self.lm, self.store = lm, store
+    def __init__(self, lm: LanguageModel, store: bool, sites: Sequence[str] = MLP) -> None:
+        self.lm, self.store, self.sites = lm, store, sites
         self.mask = torch.empty(0)
 
-    def hook(self, kept: list[torch.Tensor]) -> Callable[..., None]:
-        """A hook on the input of a projection."""
+    def hooked(self, layer: torch.nn.Module, site: str, kept: list[torch.Tensor]) -> Any:
+        """A hook on a side of a projection."""
+        path, side = PLACES[site]
+        module = layer.get_submodule(path)
 
-        def act(_: Any, args: tuple[torch.Tensor]) -> None:
-            rows = args[0][self.mask]
+        def act(activation: torch.Tensor) -> None:
+            rows = activation[self.mask]
             kept.append(rows if self.store else sums_of(rows))
 
-        return act
+        if side == "input":
+            return module.register_forward_pre_hook(lambda _, args: act(args[0]))
+        return module.register_forward_hook(lambda _, __, output: act(output))
 
     @torch.no_grad()
-    def run(self, prepared: list[Batch]) -> list[torch.Tensor]:
-        """Σx and Σx² of the MLP neurons of every layer."""
-        layers = self.lm.model.model.layers
-        kept: list[list[torch.Tensor]] = [[] for _ in layers]
+    def run(self, prepared: list[Batch]) -> Sums:
+        """Σx and Σx² of the neurons of every layer, by key."""
+        kept: dict[str, list[torch.Tensor]] = {}
         handles = [
-            layer.mlp.down_proj.register_forward_pre_hook(self.hook(mine))
-            for layer, mine in zip(layers, kept, strict=True)
+            self.hooked(layer, site, kept.setdefault(f"layers.{index}.{site}", []))
+            for index, layer in enumerate(self.lm.model.model.layers)
+            for site in self.sites
         ]
         try:
             for batch in prepared:
@@ -82,7 +99,10 @@ class ByHand:
         finally:
             for handle in handles:
                 handle.remove()
-        return [sums_of(torch.cat(mine)) if self.store else torch.stack(mine).sum(0) for mine in kept]
+        return {
+            key: sums_of(torch.cat(mine)) if self.store else torch.stack(mine).sum(0)
+            for key, mine in kept.items()
+        }
 
 
 def sums_of(rows: torch.Tensor) -> torch.Tensor:
@@ -112,12 +132,12 @@ def arms_of(
     }
 
 
-def agreement(lm: LanguageModel, sequences: list[list[int]], batch_size: int) -> float:
-    """Largest relative difference of Σx² from hooks written by hand: the arms do the same work."""
-    ours = activation_statistics(lm, sequences, sites=MLP, batch_size=batch_size)
-    theirs = ByHand(lm, store=False).run(batches(sequences, batch_size))
-    pairs = zip(ours.sums_of_squares.values(), theirs, strict=True)
-    return max(float(abs(mine - other[1].numpy()).max() / other[1].max()) for mine, other in pairs)
+def agreement(ours: Statistics, theirs: Sums) -> float:
+    """Largest relative difference of Σx² from a peer's: the arms do the same work."""
+    if set(theirs) - set(ours.sums_of_squares):
+        raise ValueError(f"the peer gave {sorted(theirs)[:3]} …, expected keys of {len(ours.sums)} sites")
+    pairs = [(ours.sums_of_squares[key], other[1].double().numpy()) for key, other in theirs.items()]
+    return max(float(abs(mine - other).max() / other.max()) for mine, other in pairs)
 
 
 def main() -> None:
@@ -130,7 +150,10 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     lm = model_of()
     sequences = corpus(options.sequences)
-    difference = agreement(lm, sequences, options.batch_size)
+    difference = agreement(
+        activation_statistics(lm, sequences, sites=MLP, batch_size=options.batch_size),
+        ByHand(lm, store=False).run(batches(sequences, options.batch_size)),
+    )
     assert difference < 1e-4, f"the arms disagree by {difference}"
     seconds = interleaved(
         arms_of(lm, sequences, options.batch_size), options.repetitions, CLOCKS[options.clock]

@@ -135,11 +135,13 @@ def delta_arm(neurons: NeuronSet) -> tuple[Arm, LanguageModel, Callable[[], Delt
     return Arm(lm.model, deltas.parameters()), lm, taken
 
 
-def lora_arm() -> Arm:
-    """LoRA of rank 16 on all linear layers."""
-    adapted = peft.get_peft_model(
-        base_model(), peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    )
+LORA = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+"""LoRA of rank 16 on all linear layers."""
+
+
+def adapter_arm(config: peft.PeftConfig) -> Arm:
+    """An adapter of PEFT."""
+    adapted = peft.get_peft_model(base_model(), config)
     return Arm(adapted, [parameter for parameter in adapted.parameters() if parameter.requires_grad])
 
 
@@ -182,7 +184,7 @@ def main() -> None:
         3, VOCABULARY, (options.rows, options.tokens), generator=torch.Generator().manual_seed(0)
     )
     ours, lm, taken = delta_arm(neurons)
-    arms = {"delta": ours, "lora": lora_arm(), "masked": masked_arm(neurons)}
+    arms = {"delta": ours, "lora": adapter_arm(LORA), "masked": masked_arm(neurons)}
     seconds = interleaved(
         {name: lambda arm=arm: arm.step(ids) for name, arm in arms.items()}, options.repetitions, clock
     )
