@@ -11,6 +11,8 @@ nice python benchmarks/fuzz.py --seconds 180
 
 import argparse
 import copy
+import functools
+import gc
 import gzip
 import io
 import json
@@ -135,11 +137,13 @@ class Reader:
         name: of the reader.
         read: takes a folder, with one of its files damaged, and the name of that file.
         files: valid contents by name.
+        share: how many of the inputs that are asked for it gets.
     """
 
     name: str
     read: Callable[[pathlib.Path, str], object]
     files: dict[str, bytes]
+    share: float = 1.0
     counts: Counter[str] = field(default_factory=Counter)
 
 
@@ -296,88 +300,86 @@ def prompt_files() -> dict[str, bytes]:
     }
 
 
-def readers(work: pathlib.Path) -> list[Reader]:
-    """All of them, each with files that it reads as they are."""
-    from safety_neurons.cli import recipes
-    from safety_neurons.model import adapters, files
-    from safety_neurons.neurons import foreign
+def of_prompts(_: pathlib.Path) -> Reader:
+    """Prompt files."""
     from safety_neurons.prompt_lists import prompts
-    from safety_neurons.report import page
-    from safety_neurons.results import Completion, Completions, RunFolder
 
-    NeuronSet({"layers.0.down": [1, 5], "layers.1.q": [3]}, TABLE).save(work / "neurons.safetensors")
+    return Reader("prompts", lambda folder, name: prompts(folder / name), prompt_files())
+
+
+def of_neurons(work: pathlib.Path) -> Reader:
+    """Sets of neurons."""
+    return Reader(
+        "neurons", lambda folder, name: NeuronSet.load(folder / name), {"n.safetensors": a_set(work)}
+    )
+
+
+def of_scores(work: pathlib.Path) -> Reader:
+    """Scores."""
     values = {site.key: np.linspace(0, 1, site.size, dtype=np.float32) for site in TABLE.sites}
     Scores(values, TABLE).save(work / "scores.safetensors")
-    Completions(
-        [
-            Completion(
-                f"p{n}",
-                "how",
-                "sure",
-                (1, 2),
-                arm="treated",
-                verdicts={"refusal": {"label": "full"}},
-                meta={"messages": ROWS[2]["messages"]},
-            )
-            for n in range(4)
-        ]
-    ).save(work / "completions.jsonl")
-    config = {"base": "a", "aligned": "b", "top": 0.05, "prompts": "x.txt", "seed": 0}
-    run = RunFolder(work / "run", "find-contrast", config, inputs={"prompts": {"": "ab"}})
-    run.path("neurons.safetensors").write_bytes((work / "neurons.safetensors").read_bytes())
-    run.finish(
-        {
-            "neurons": str(run.path("neurons.safetensors")),
-            "n_neurons": 3,
-            "n_parameters": 96,
-            "share_of_neurons": 0.01,
-            "share_of_parameters": 0.01,
-            "prompts": {"used": 4, "failed": 0, "truncated": 0},
-        },
-        device="cpu",
-    )
-    record = (work / "run" / "run.json").read_bytes()
-    recipe = {
-        "steps": [
-            {
-                "name": "a",
-                "verb": "find-contrast",
-                "arguments": {"prompts": "x", "top": 0.1, "sites": ["down"]},
-            },
-            {"name": "b", "verb": "find-importance", "arguments": {"model": "{out}/a", "prompts": "p"}},
-        ],
-        "shared": {"seed": 1},
-    }
-    tiny.tiny_llama_folder(work / "plain")
-    kinds = {}
+    content = (work / "scores.safetensors").read_bytes()
+    return Reader("scores", lambda folder, name: Scores.load(folder / name), {"s.safetensors": content})
+
+
+def of_guard(work: pathlib.Path) -> Reader:
+    """Guards."""
+    from safety_neurons.guard import Guard
+
+    made = {path.name: path.read_bytes() for path in a_guard(work).iterdir() if path.is_file()}
+    return Reader("guard", lambda folder, _: Guard.load(folder), made)
+
+
+def of_adapters(work: pathlib.Path) -> Reader:
+    """Adapters of other libraries."""
+    from safety_neurons.model import adapters
+
+    made = {}
     for kind in ("ia3", "lora"):
-        kinds[kind] = tiny.tiny_adapter_folder(work / "plain", work / kind, seed=1, kind=kind)
-    guard = a_guard(work)
-    import torch
-    from safetensors.numpy import save
+        folder = tiny.tiny_adapter_folder(a_model(work), work / kind, seed=1, kind=kind)
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            made[f"{kind}/{name}"] = (folder / name).read_bytes()
+    return Reader("adapters", lambda folder, name: adapters.adapter_config((folder / name).parent), made)
 
-    def torched(value: Any) -> bytes:
-        stream = io.BytesIO()
-        torch.save(value, stream)
-        return stream.getvalue()
 
-    ranks = torch.stack(torch.unravel_index(torch.arange(96), (2, 48)), 1)
-    change = torched((torch.linspace(1, 0, 96).reshape(2, 48), ranks, None))
-    probe = {"model.layers.0.mlp.up_proj": np.linspace(-1, 1, 48, dtype=np.float32)}
-    matrix = {"model.layers.0.mlp.down_proj": np.eye(32, 48, dtype=np.float32)}
-    sn_tune = b"{0: {1, 2}, 1: set()}\n{0: {np.int64(3)}}\n{1: [4, 5]}\n{}\n{0: {1}}\n"
+def of_completions(work: pathlib.Path) -> Reader:
+    """Completions."""
+    from safety_neurons.results import Completion, Completions
 
-    def imported(folder: pathlib.Path, name: str) -> object:
-        file = folder / name
-        if name == "sn.txt":
-            return foreign.read_sn_tune(file, TABLE)
-        if name == "change.pt":
-            return foreign.change_scores(files.read_torch(file), TABLE, file)
-        if name.startswith("probe"):
-            return foreign.probe_scores(files.read_named(file), TABLE, file)
-        return foreign.weight_scores(files.read_weights(file), None, TABLE, path=file)
+    verdicts, meta = {"refusal": {"label": "full"}}, {"messages": ROWS[2]["messages"]}
+    made = [
+        Completion(f"p{n}", "how", "sure", (1, 2), arm="treated", verdicts=verdicts, meta=meta)
+        for n in range(4)
+    ]
+    Completions(made).save(work / "completions.jsonl")
+    content = (work / "completions.jsonl").read_bytes()
+    return Reader("completions", lambda folder, name: Completions.load(folder / name), {"c.jsonl": content})
 
-    def as_recipe(folder: pathlib.Path, name: str) -> object:
+
+def of_run(work: pathlib.Path) -> Reader:
+    """Run folders, opened to go on."""
+
+    def read(folder: pathlib.Path, _: str) -> object:
+        opened = a_run(folder)
+        found = opened.record
+        opened.abandon()
+        return found
+
+    return Reader("run.json", read, a_finished_run(work))
+
+
+def of_recipes(work: pathlib.Path) -> Reader:
+    """Recipes, and records as recipes."""
+    from safety_neurons.cli import recipes
+
+    find = {"prompts": "x", "top": 0.1, "sites": ["down"]}
+    steps = [
+        {"name": "a", "verb": "find-contrast", "arguments": find},
+        {"name": "b", "verb": "find-importance", "arguments": {"model": "{out}/a", "prompts": "p"}},
+    ]
+    recipe = json.dumps({"steps": steps, "shared": {"seed": 1}}).encode()
+
+    def read(folder: pathlib.Path, name: str) -> object:
         file = folder / name
         content = recipes.parsed(file)
         if "steps" not in content:
@@ -387,55 +389,100 @@ def readers(work: pathlib.Path) -> list[Reader]:
             for _, words, arguments in recipes.steps_of(content, file)
         ]
 
-    def as_run(folder: pathlib.Path, _: str) -> object:
-        opened = RunFolder(folder, "find-contrast", config, inputs={"prompts": {"": "ab"}})
-        found = opened.record
-        opened.abandon()
-        return found
+    record = a_finished_run(work)["run.json"]
+    return Reader("recipes", read, {"run.json": record, "recipe.json": recipe})
 
-    inside = {"run.json": record, "neurons.safetensors": (work / "neurons.safetensors").read_bytes()}
-    of_guard = {path.name: path.read_bytes() for path in guard.iterdir() if path.is_file()}
-    of_adapters = {
-        f"{kind}/{name}": (folder / name).read_bytes()
-        for kind, folder in kinds.items()
-        for name in ("adapter_config.json", "adapter_model.safetensors")
+
+def of_report(work: pathlib.Path) -> Reader:
+    """Run folders, shown on a page; what is drawn takes a hundred times as long as what is read."""
+    from safety_neurons.report import page
+
+    def read(folder: pathlib.Path, _: str) -> object:
+        return page.render(page.read_runs([folder]), title="x")
+
+    return Reader("report", read, a_finished_run(work), share=0.02)
+
+
+def of_imports(_: pathlib.Path) -> Reader:
+    """Neuron files of other projects."""
+    import torch
+    from safetensors.numpy import save
+
+    from safety_neurons.model import files
+    from safety_neurons.neurons import foreign
+
+    def torched(value: Any) -> bytes:
+        stream = io.BytesIO()
+        torch.save(value, stream)
+        return stream.getvalue()
+
+    def read(folder: pathlib.Path, name: str) -> object:
+        file = folder / name
+        if name == "sn.txt":
+            return foreign.read_sn_tune(file, TABLE)
+        if name == "change.pt":
+            return foreign.change_scores(files.read_torch(file), TABLE, file)
+        if name.startswith("probe"):
+            return foreign.probe_scores(files.read_named(file), TABLE, file)
+        return foreign.weight_scores(files.read_weights(file), None, TABLE, path=file)
+
+    ranks = torch.stack(torch.unravel_index(torch.arange(96), (2, 48)), 1)
+    probe = {"model.layers.0.mlp.up_proj": np.linspace(-1, 1, 48, dtype=np.float32)}
+    matrix = {"model.layers.0.mlp.down_proj": np.eye(32, 48, dtype=np.float32)}
+    made = {
+        "sn.txt": b"{0: {1, 2}, 1: set()}\n{0: {np.int64(3)}}\n{1: [4, 5]}\n{}\n{0: {1}}\n",
+        "change.pt": torched((torch.linspace(1, 0, 96).reshape(2, 48), ranks, None)),
+        "probe.safetensors": save(probe),
+        "probe.pt": torched({name: torch.from_numpy(row) for name, row in probe.items()}),
+        "weights.safetensors": save(matrix),
     }
-    from safety_neurons.guard import Guard
+    return Reader("imports", read, made)
 
-    return [
-        Reader("prompts", lambda folder, name: prompts(folder / name), prompt_files()),
-        Reader(
-            "neurons",
-            lambda folder, name: NeuronSet.load(folder / name),
-            {"n.safetensors": inside["neurons.safetensors"]},
-        ),
-        Reader(
-            "scores",
-            lambda folder, name: Scores.load(folder / name),
-            {"s.safetensors": (work / "scores.safetensors").read_bytes()},
-        ),
-        Reader("guard", lambda folder, _: Guard.load(folder), of_guard),
-        Reader("adapters", lambda folder, name: adapters.adapter_config((folder / name).parent), of_adapters),
-        Reader(
-            "completions",
-            lambda folder, name: Completions.load(folder / name),
-            {"c.jsonl": (work / "completions.jsonl").read_bytes()},
-        ),
-        Reader("run.json", as_run, inside),
-        Reader("recipes", as_recipe, {"run.json": record, "recipe.json": json.dumps(recipe).encode()}),
-        Reader("report", lambda folder, _: page.render(page.read_runs([folder]), title="x"), inside),
-        Reader(
-            "imports",
-            imported,
-            {
-                "sn.txt": sn_tune,
-                "change.pt": change,
-                "probe.safetensors": save(probe),
-                "probe.pt": torched({name: torch.from_numpy(row) for name, row in probe.items()}),
-                "weights.safetensors": save(matrix),
-            },
-        ),
-    ]
+
+READERS = (
+    *(of_prompts, of_neurons, of_scores, of_guard, of_adapters, of_completions),
+    *(of_run, of_recipes, of_report, of_imports),
+)
+
+
+# What they read
+
+
+def a_set(work: pathlib.Path) -> bytes:
+    """A file of a set."""
+    NeuronSet({"layers.0.down": [1, 5], "layers.1.q": [3]}, TABLE).save(work / "neurons.safetensors")
+    return (work / "neurons.safetensors").read_bytes()
+
+
+def a_run(folder: pathlib.Path) -> Any:
+    """A run folder, begun or gone on with."""
+    from safety_neurons.results import RunFolder
+
+    config = {"base": "a", "aligned": "b", "top": 0.05, "prompts": "x.txt", "seed": 0}
+    return RunFolder(folder, "find-contrast", config, inputs={"prompts": {"": "ab"}})
+
+
+@functools.cache
+def a_finished_run(work: pathlib.Path) -> dict[str, bytes]:
+    """The files of a finished run."""
+    run = a_run(work / "run")
+    run.path("neurons.safetensors").write_bytes(a_set(work))
+    result = {
+        "neurons": str(run.path("neurons.safetensors")),
+        "n_neurons": 3,
+        "n_parameters": 96,
+        "share_of_neurons": 0.01,
+        "share_of_parameters": 0.01,
+        "prompts": {"used": 4, "failed": 0, "truncated": 0},
+    }
+    run.finish(result, device="cpu")
+    return {name: (work / "run" / name).read_bytes() for name in ("run.json", "neurons.safetensors")}
+
+
+@functools.cache
+def a_model(work: pathlib.Path) -> pathlib.Path:
+    """A folder of a tiny model."""
+    return tiny.tiny_llama_folder(work / "plain", num_hidden_layers=1)
 
 
 def a_guard(work: pathlib.Path) -> pathlib.Path:
@@ -446,7 +493,7 @@ def a_guard(work: pathlib.Path) -> pathlib.Path:
     from safety_neurons.model import load
 
     neurons, labelled = work / "own.safetensors", work / "labelled.jsonl"
-    NeuronSet({"layers.0.up": [0, 1, 2], "layers.1.down": [7, 9]}, load(str(work / "plain")).table).save(
+    NeuronSet({"layers.0.up": [0, 1, 2], "layers.0.down": [7, 9]}, load(str(a_model(work))).table).save(
         neurons
     )
     rows = [
@@ -459,7 +506,7 @@ def a_guard(work: pathlib.Path) -> pathlib.Path:
         "guard",
         "fit",
         "--model",
-        work / "plain",
+        a_model(work),
         "--neurons",
         neurons,
         "--labelled",
@@ -503,11 +550,15 @@ def feed(
     pages = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY,) * 2)
     counts, names, contents = reader.counts, list(reader.files), list(reader.files.values())
+    paths = {name: str(folder / name) for name in names}
+    last = names[0]
     while time.monotonic() < until and counts["inputs"] < most:
         name = draw.choice(names)
         content = changed(draw, reader.files[name], contents)
-        (folder / name).write_bytes(content)
-        (folder / ".at").write_text(name)
+        if name != last:
+            written(paths[last], reader.files[last])
+        written(paths[name], content)
+        last = name
         signal.setitimer(signal.ITIMER_REAL, SECONDS)
         try:
             reader.read(folder, name)
@@ -524,10 +575,16 @@ def feed(
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
         counts["inputs"] += 1
-        (folder / name).write_bytes(reader.files[name])
         if counts["inputs"] % 256 == 0:
             (folder / ".counts").write_text(json.dumps(counts))
     (folder / ".counts").write_text(json.dumps(counts))
+
+
+def written(path: str, content: bytes) -> None:
+    """Put the content in the file's place in as few calls as there are."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    os.write(file, content)
+    os.close(file)
 
 
 def keep(kept: pathlib.Path, reader: str, name: str, content: bytes, kind: str, error: BaseException) -> None:
@@ -547,8 +604,9 @@ def fuzzed(reader: Reader, work: pathlib.Path, options: argparse.Namespace) -> d
     """Forks that feed one reader, until its time or number is over."""
     started, total, round_ = time.monotonic(), Counter[str](), 0
     spent = resource.getrusage(resource.RUSAGE_CHILDREN)
-    until = started + options.seconds
-    while time.monotonic() < until and total["inputs"] < options.inputs:
+    until, most = started + options.seconds, round(options.inputs * reader.share)
+    gc.freeze()  # A fork would copy what was imported each time it looks for garbage in it.
+    while time.monotonic() < until and total["inputs"] < most:
         folder = work / f"{reader.name}-{round_}"
         child = os.fork()
         if not child:
@@ -558,7 +616,7 @@ def fuzzed(reader: Reader, work: pathlib.Path, options: argparse.Namespace) -> d
                     folder,
                     options.seed * 1000 + round_,
                     until,
-                    options.inputs - total["inputs"],
+                    most - total["inputs"],
                     options.kept,
                 )
                 os._exit(0)
@@ -571,9 +629,9 @@ def fuzzed(reader: Reader, work: pathlib.Path, options: argparse.Namespace) -> d
         code = os.waitstatus_to_exitcode(status)
         if code:
             total["faults"] += 1
-            at = folder / ".at"
-            name = at.read_text() if at.is_file() else ""
-            content = (folder / name).read_bytes() if name else b""
+            now = {name: (folder / name).read_bytes() for name in reader.files if (folder / name).is_file()}
+            name = next((name for name, content in now.items() if content != reader.files[name]), "")
+            content = now.get(name, b"")
             keep(
                 options.kept,
                 reader.name,
@@ -602,7 +660,9 @@ def main(words: Sequence[str] | None = None) -> int:
     """Fuzz the readers one after the other, print and record the counts; 1 where one gave a fault."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=60.0, help="for each reader")
-    parser.add_argument("--inputs", type=int, default=1_000_000, help="at most, for each reader")
+    parser.add_argument(
+        "--inputs", type=int, default=1_000_000, help="at most, for each reader; the report gets its share"
+    )
     parser.add_argument("--readers", default="", help="a part of them, by name, with commas")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -620,7 +680,7 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         (work / "made").mkdir()
         rows = []
-        for reader in readers(work / "made"):
+        for reader in (made(work / "made") for made in READERS):
             if not options.readers or reader.name in options.readers.split(","):
                 rows.append(fuzzed(reader, work, options))
                 print(json.dumps(rows[-1]), flush=True)

@@ -282,6 +282,10 @@ def test_a_finished_run_whose_files_are_gone_is_not_taken_for_whole(tmp_path):
     (tmp_path / "scores.safetensors").rename(tmp_path / "away")
     with pytest.raises(RunError, match=r"its file 'scores\.safetensors' is not there; put it back"):
         RunFolder(tmp_path, "find", CONFIG)
+    record = json.loads((tmp_path / "run.json").read_text())
+    (tmp_path / "run.json").write_text(json.dumps({**record, "files": ["é" * 300]}))
+    with pytest.raises(RunError, match="its file 'é+' is not there; put it back"):
+        RunFolder(tmp_path, "find", CONFIG)  # no file system takes a name as long as that
     assert not RunFolder(tmp_path, "find", CONFIG, overwrite=True).finished
 
 

@@ -1,6 +1,7 @@
 """The page: finished runs read and checked, a section for each; nothing in it loads, runs or calls home."""
 
 import base64
+import functools
 import hashlib
 import importlib.resources
 import os
@@ -512,6 +513,7 @@ def _versions(runs: Sequence[ReportedRun]) -> list[tuple[str, str]]:
     return [(package, ", ".join(versions)) for package, versions in found.items()]
 
 
+@functools.cache  # It keeps the templates, which take longer to compile than a page to fill.
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(_asset),

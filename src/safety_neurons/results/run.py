@@ -758,7 +758,8 @@ class RunFolder:
         if theirs != ours:
             raise RunError(f"{where} of version {theirs[:20]}, this is version {ours}; {advice}")
         gone = next(
-            (name for name in earlier["files"] if self.finished and not (self.folder / name).exists()), None
+            (name for name in earlier["files"] if self.finished and not os.path.exists(self.folder / name)),
+            None,  # A name too long for a file names none.
         )
         if gone is not None:
             raise RunError(
@@ -789,9 +790,9 @@ class RunFolder:
         """Removes files of the run, and folders that are empty without them."""
         root = self.folder.resolve()
         for name in names:
-            target = (root / str(name)).resolve()
-            if target.is_relative_to(root) and target.is_file():
-                with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, ValueError):  # A name too long for a file, or with a zero in it.
+                target = (root / str(name)).resolve()
+                if target.is_relative_to(root) and target.is_file():
                     target.unlink()
         for folder in ("checkpoints", CACHED):
             with contextlib.suppress(OSError):
@@ -886,6 +887,7 @@ def _first_record(verb: str, arguments: dict[str, Any], inputs: Mapping[str, Con
     }
 
 
+@functools.cache  # Metadata of a package are read whole for its version, which takes a millisecond each.
 def _versions() -> dict[str, str]:
     versions = {}
     for package in _PACKAGES:
