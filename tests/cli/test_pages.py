@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from every_verb import LINES, WITHOUT
 from safety_neurons.cli.verb import VERBS, build, sentence
 
 
@@ -106,3 +107,12 @@ def test_groups_hold_their_verbs():
         "progressive",
         "tax",
     ]
+
+
+def test_every_verb_has_a_command_that_is_tried_from_a_bare_wheel():
+    def verbs(group, before=""):
+        for name in group.list_commands(None):
+            one = group.commands[name]
+            yield from verbs(one, f"{before}{name} ") if hasattr(one, "commands") else [before + name]
+
+    assert sorted([*LINES, *WITHOUT]) == sorted(verbs(build()))

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 import torch
 from running import Outcome
 
-from tiny_pair import HARMFUL, HARMLESS
+import every_verb
 
 PROGRAM = """
 import gc, json, os, pathlib, signal, sys
@@ -93,76 +94,16 @@ def port() -> int:
         return int(probe.getsockname()[1])
 
 
-RUNS = ("importance", "contrast", "probe", "mask", "verify", "evaluate", "guard", "guarded")
-
-
-def lines(pair, root: pathlib.Path) -> list[list[str]]:
-    """A command of every kind of sharing: sums, votes, rows, texts, one process alone, verdicts."""
-    unsafe, safe = root / "unsafe.txt", root / "safe.txt"
-    for path, texts in ((unsafe, HARMFUL), (safe, HARMLESS)):
-        path.write_text("".join(f"{text}{end}\n" for text in texts for end in ("", " ?", " .")))
-    one, asked = ["--model", pair.aligned], ["--harmful", pair.harmful, "--harmless", pair.harmless]
-    short = ["--batch-size", "2", "--max-new-tokens", "3"]
-    shown = ["--prompts", pair.harmful, "--batch-size", "2"]
-    labelled = ["--unsafe", str(unsafe), "--safe", str(safe), "--batch-size", "4"]
-    commands = [
-        ["find", "importance", *one, *shown, "--agreement", "0.5"],
-        ["find", "contrast", *pair.models, *shown, "--max-new-tokens", "3"],
-        ["find", "probe", *one, *shown, "--harmless", pair.harmless],
-        ["find", "mask", *pair.models, *shown, "--harmless", pair.harmless, "--rounds", "2"],
-        [
-            "verify",
-            "deactivate",
-            *one,
-            "--neurons",
-            "contrast",
-            *asked,
-            "--text",
-            pair.text,
-            "--random",
-            "1",
-            *short,
-        ],
-        [
-            "evaluate",
-            *one,
-            "--deactivate",
-            "contrast",
-            "--suite",
-            pair.harmful,
-            "--over-refusal",
-            pair.harmless,
-            *short,
-            "--temperature",
-            "0.9",
-        ],
-        [
-            "guard",
-            "fit",
-            *one,
-            "--neurons",
-            "contrast",
-            *labelled,
-            "--other-unsafe",
-            "none",
-            "--other-safe",
-            "none",
-        ],
-        [
-            "guard",
-            "evaluate",
-            *one,
-            "--guard",
-            "guard/guard",
-            *labelled,
-            "--random",
-            "1",
-            "--perturbations",
-            "none",
-        ]
-        + ["--outputs", "2", "--max-new-tokens", "3"],
-    ]
-    return [[*words, "--out", out] for words, out in zip(commands, RUNS, strict=True)]
+RUNS = tuple(
+    verb
+    for verb in every_verb.LINES
+    if verb.split()[0] in ("find", "verify", "compare", "evaluate", "tune")
+    or verb in ("guard fit", "guard evaluate")
+    or (verb.startswith("analyze ") and verb not in ("analyze layers", "analyze overlap"))
+)
+"""Everything that several processes share."""
+AGAIN = ("find importance", "tune")
+"""What goes on from what a killed process left."""
 
 
 def wrong(pair) -> list[list[str]]:
@@ -180,25 +121,30 @@ def wrong(pair) -> list[list[str]]:
 @pytest.fixture(scope="module")
 def scenes(tiny_pair, tmp_path_factory) -> dict[str, Scene]:
     root = tmp_path_factory.mktemp("ranks")
-    commands = lines(tiny_pair, root)
+    places = every_verb.inputs(root / "given")
+    commands = [every_verb.words_of(verb, places) for verb in RUNS]
+    again = [every_verb.words_of(verb, places) for verb in AGAIN]
     scenes = [
         Scene("one", 1, commands, root / "one"),
         Scene("two", 2, commands, root / "two"),
         Scene("wrong", 2, wrong(tiny_pair), root / "wrong"),
-        Scene("dying", 2, commands[:1], root / "dying", dies=(1, 2)),
-        Scene("three", 3, commands[:1], root / "dying"),
-        Scene("killed", 3, commands[:1], root / "killed", dies=(0, 3)),
-        Scene("four", 4, commands[:1], root / "killed"),
+        Scene("dying", 2, again[:1], root / "dying", dies=(1, 2)),
+        Scene("three", 3, again[:1], root / "dying"),
+        Scene("killed", 3, again[1:], root / "killed", dies=(0, 9)),
+        Scene("four", 4, again[1:], root / "killed"),
     ]
     for scene in scenes:
-        scene.folder.mkdir(exist_ok=True)
+        if not scene.folder.is_dir():
+            shutil.copytree(root / "given", scene.folder)
     folders = [str(folder) for folder in pathlib.Path(__file__).parents[:2]]
     told = json.dumps([str(root), folders, [scene.plan() for scene in scenes]])
     environment = {
         **os.environ,
         "SOURCE_DATE_EPOCH": "1700000000",
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
+        "TMPDIR": str(root / "aside"),
     }
+    (root / "aside").mkdir()
     run = subprocess.run(
         [sys.executable, "-c", PROGRAM, told], env=environment, capture_output=True, text=True, check=False
     )
@@ -212,8 +158,10 @@ def test_two_processes_write_the_bytes_of_one_and_one_of_them_speaks(scenes):
     assert [said.code for said in one.said()] == [0] * len(RUNS), one.said()
     assert two.said() == one.said()
     assert two.said(1) == [Outcome(0, "", "")] * len(RUNS)
-    expected, found = one.files(*RUNS), two.files(*RUNS)
-    assert {"verify/completions.jsonl", "guard/guard/guard.json"} <= expected.keys() == found.keys()
+    outs = [every_verb.out_of(verb) for verb in RUNS]
+    expected, found = one.files(*outs), two.files(*outs)
+    assert {"verify-both/completions.jsonl", "guard-fit/guard/guard.json"} <= expected.keys() == found.keys()
+    assert "tune/adapter/adapter_model.safetensors" in expected
     assert not [name for name, content in expected.items() if found[name] != content]
 
 
@@ -228,15 +176,23 @@ def test_what_is_wrong_is_said_once(scenes):
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize(("dying", "survivor", "then"), [("dying", 0, "three"), ("killed", 1, "four")])
-def test_another_number_of_processes_goes_on_from_what_a_killed_one_left(scenes, dying, survivor, then):
+@pytest.mark.parametrize(
+    ("verb", "dying", "survivor", "then"), [(AGAIN[0], "dying", 0, "three"), (AGAIN[1], "killed", 1, "four")]
+)
+def test_another_number_of_processes_goes_on_from_what_a_killed_one_left(scenes, verb, dying, survivor, then):
     (said,) = scenes[dying].said(survivor)
     assert said.code == 1
     assert "has ended" in said.err
     assert "nothing finished is lost" in said.err
     assert said.err.count("\n") == 1
     assert [outcome.code for outcome in scenes[then].said()] == [0]
-    expected = scenes["one"].files("importance")
-    assert not [
-        name for name, content in scenes[then].files("importance").items() if expected[name] != content
-    ]
+    out = every_verb.out_of(verb)
+    expected, found = scenes["one"].files(out), scenes[then].files(out)
+    assert expected.keys() == found.keys()
+    assert not [name for name, content in found.items() if expected[name] != content]
+
+
+@pytest.mark.whole
+def test_what_a_killed_process_kept_aside_is_removed_at_the_next_start(scenes):
+    assert [said.code for said in scenes["dying"].said()] == [1]
+    assert [*(scenes["dying"].folder.parent / "aside").glob("safety-neurons-*")] == []

@@ -24,7 +24,7 @@ from safety_neurons.errors import (
     UnsupportedModelError,
     UsageError,
 )
-from safety_neurons.model import LanguageModel
+from safety_neurons.model import LanguageModel, ranks
 from safety_neurons.model.batches import collate, forward
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.prompt_lists import Prompt, Prompts
@@ -524,21 +524,20 @@ def test_progress_tells_steps_and_checks():
     assert all(math.isfinite(status.loss) for status in told if status.step)
 
 
-def test_several_processes_share_a_step_out_among_them(monkeypatch):
-    model = fresh()
-    examples = tuning_examples(HARMFUL, model)
-    shares = {}
-    monkeypatch.setattr(training, "_summed", lambda loss, gradients: (loss, gradients))
-    with attach(model, some(model)) as deltas:
-        for processes in ((1, 0), (2, 0), (2, 1)):
-            monkeypatch.setattr(training, "_processes", lambda processes=processes: processes)
-            loop = training.Loop(deltas, dict.fromkeys(KEYS, 0.01), training.TuningSettings(batch_size=3))
-            loop.examples = examples
-            shares[processes] = loop._gradients(range(8), None)
-    assert shares[2, 0][0] + shares[2, 1][0] == pytest.approx(shares[1, 0][0], rel=1e-6)
-    for whole, first, second in zip(*(shares[processes][1] for processes in shares), strict=True):
-        torch.testing.assert_close(first + second, whole, rtol=1e-4, atol=1e-6)
-        assert not torch.allclose(first, whole)
+def test_passes_of_a_step_may_be_done_by_several_processes_in_any_order(monkeypatch):
+    alone = tune(fresh(), some(fresh()), HARMFUL, epochs=1, **FAST)
+    shares = []
+
+    def shared(numbers, work):
+        shares.append(len(numbers))
+        done = {number: work(number) for number in reversed(numbers)}
+        return iter([done[number] for number in numbers])
+
+    monkeypatch.setattr(ranks, "shared", shared)
+    together = tune(fresh(), some(fresh()), HARMFUL, epochs=1, **FAST)
+    assert max(shares) > 1
+    assert together.history == alone.history
+    assert same(alone, together)
 
 
 def test_weights_that_are_not_in_memory_are_said_not_to_have_been_looked_at(monkeypatch):

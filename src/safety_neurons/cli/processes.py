@@ -6,6 +6,7 @@ temporary folder of their own, so that no rule of a study has to know of them, a
 another process writes it.
 """
 
+import contextlib
 import os
 import pathlib
 import shutil
@@ -16,14 +17,17 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from safety_neurons.errors import UsageError
+from safety_neurons.errors import RunError, UsageError
 
-TOGETHER = frozenset({"find", "verify", "compare", "evaluate", "analyze", "guard fit", "guard evaluate"})
+TOGETHER = frozenset(
+    {"find", "verify", "compare", "evaluate", "analyze", "guard fit", "guard evaluate", "tune"}
+)
 """Verbs, or groups of verbs, whose batches several processes share."""
 _OWN: list[Any] = []
 """This process's standard output and error, while nothing may be said on them."""
 _PLACES: list[str] = []
 """Temporary folders to remove."""
+_PLACE = "safety-neurons-"
 
 
 def launched() -> int:
@@ -129,12 +133,34 @@ def folder(opened: Callable[[pathlib.Path], Any], out: Callable[[], pathlib.Path
     files = ranks.once(first)
     if runs:
         return runs[0]
-    _PLACES.append(tempfile.mkdtemp(prefix="safety-neurons-"))
+    from safety_neurons.results.run import Lock
+
+    _remove_left()
+    place = pathlib.Path(tempfile.mkdtemp(prefix=_PLACE))
+    _PLACES.append(str(place))
+    lock = Lock(place)
+    lock.take()  # Before anything lies in it: what has no holder is removed.
     for name, content in files.items():
-        place = pathlib.Path(_PLACES[-1], name)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_bytes(content)
-    return opened(pathlib.Path(_PLACES[-1]))
+        file = place / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+    run = opened(place)
+    lock.release()
+    return run
+
+
+def _remove_left() -> None:
+    """Remove the temporary folders that killed processes left."""
+    from safety_neurons.results.run import RECORD, Lock
+
+    for left in pathlib.Path(tempfile.gettempdir()).glob(f"{_PLACE}*"):
+        lock = Lock(left)
+        with contextlib.suppress(RunError, OSError):  # A process works in it, or it has just gone.
+            if (left / RECORD).is_file():
+                lock.take()
+                if not lock.notes:
+                    shutil.rmtree(left, ignore_errors=True)
+                lock.release()
 
 
 def _content(run: Any) -> dict[str, bytes]:

@@ -153,6 +153,11 @@ def shared(numbers: Sequence[int], work: Callable[[int], T]) -> Iterator[T]:
             yield _given(outcome)
 
 
+def told(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor as another process can take it: on the host where there are others."""
+    return tensor.cpu() if joined() else tensor
+
+
 def once(compute: Callable[[], T]) -> T:
     """What `compute` gives in rank 0, which alone calls it, told to all."""
     if count() == 1:

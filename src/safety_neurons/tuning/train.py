@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from safety_neurons.errors import InputError, NeuronError, RunError, UnsupportedModelError
-from safety_neurons.model import LanguageModel
+from safety_neurons.model import LanguageModel, ranks
 from safety_neurons.model.batches import Batch, Halving, collate, descend, forward, plan
 from safety_neurons.model.language_model import takes_padding
 from safety_neurons.model.likelihood import widened
@@ -57,6 +57,8 @@ BATCH = 8
 TEXT = 0.5
 """Texts the model is anchored on, for each harmless example."""
 EXAMPLES = "examples/ids"
+LEARNT = "learnt"
+"""The part of a step whose tokens are learnt."""
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -285,46 +287,46 @@ class Loop:
 
         The mean loss of the examples that are learnt.
         """
-        indices = self.drawn(step)
-        kinds = {kind: [i for i in indices if self.examples[i].kind == kind] for kind in KINDS}
-        learnt = [i for i in indices if not self._anchored(self.examples[i])]
-        parameters, divergence = list(self.named.values()), dict[str, float]()
-        loss, sums = self._gradients(learnt, None)
-        for kind, members in kinds.items():
-            if members and self._anchored(self.examples[members[0]]):
-                divergence[kind], more = self._gradients(members, self.region.weight)
-                for whole, gradient in zip(sums, more, strict=True):
-                    whole += gradient
-        for parameter, gradient in zip(parameters, sums, strict=True):
-            parameter.grad = gradient
-        self._divergence = divergence
-        return loss
+        examples = [self.examples[index] for index in self.drawn(step)]
+        parts = {LEARNT: [at for at, each in enumerate(examples) if not self._anchored(each)]}
+        for kind in KINDS:
+            held = [at for at, each in enumerate(examples) if each.kind == kind and self._anchored(each)]
+            if held:
+                parts[kind] = held
+        losses, sums = self._gradients(examples, parts)
+        for parameter, *gradients in zip(self.named.values(), *sums.values(), strict=True):
+            parameter.grad = gradients[0]
+            for gradient in gradients[1:]:
+                parameter.grad += gradient
+        self._divergence = {kind: loss for kind, loss in losses.items() if kind != LEARNT}
+        return losses[LEARNT]
 
     def _anchored(self, example: Example) -> bool:
         """Whether the model is held to itself on an example, whose tokens are learnt otherwise."""
         return self.settings.anchor > 0 and example.kind != "harmful"
 
-    def _gradients(self, indices: Sequence[int], anchor: float | None) -> tuple[float, list[Tensor]]:
-        """A mean over these examples and, within each, over its tokens that carry loss, and its gradient,
-        over all passes (and processes, where there are several).
+    def _gradients(
+        self, examples: Sequence[Example], parts: Mapping[str, Sequence[int]]
+    ) -> tuple[dict[str, float], dict[str, list[Tensor]]]:
+        """Of every part of a step the mean over its examples and, within each, over its tokens that carry
+        loss, and the gradient. Several processes share the passes of a step.
 
         The first token of an answer weighs as much as all others together: there it is decided whether the
         model refuses.
 
         Args:
-            indices: of the examples.
-            anchor: None for the tokens' own loss; else the divergence from the untouched model, the gradient
-                of which is multiplied by it.
+            examples: of the step.
+            parts: which of them are learnt by the tokens' own loss, and which, by kind, are held to the
+                untouched model: the gradient of their divergence is multiplied by what that weighs.
         """
-        sequences = [self.examples[index].ids for index in indices]
-        starts = [self.examples[index].start for index in indices]
-        weights = [token_weights(self.examples[index]) / len(indices) for index in indices]
-        parameters = list(self.named.values())
-        world, rank = _processes()
+        sequences = [example.ids for example in examples]
+        weights = {at: token_weights(examples[at]) / len(part) for part in parts.values() for at in part}
+        parameters, padded = list(self.named.values()), takes_padding(self.model)
 
-        def work(batch: Batch) -> tuple[Tensor, tuple[Tensor, ...]]:
-            rows, targets = label_rows(batch, [starts[index] for index in batch.indices])
-            untouched = None if anchor is None else self._untouched(batch, rows)
+        def work(batch: Batch) -> tuple[float, list[Tensor]]:
+            rows, targets = label_rows(batch, [examples[at].start for at in batch.indices])
+            anchored = self._anchored(examples[batch.indices[0]])
+            untouched = self._untouched(batch, rows) if anchored else None
             with torch.enable_grad():
                 logits = forward(self.model.model, batch, with_logits=True)
                 assert logits is not None
@@ -334,18 +336,29 @@ class Loop:
                 else:
                     new = log_softmax(scores, -1)
                     each = kl_div(new, untouched, reduction="none", log_target=True).sum(-1)
-                loss = each @ torch.cat([weights[index] for index in batch.indices]).to(each)
-                return loss.detach(), torch.autograd.grad(loss * (anchor or 1.0), parameters)
+                loss = each @ torch.cat([weights[at] for at in batch.indices]).to(each)
+                weight = self.region.weight if anchored else 1.0
+                gradients = torch.autograd.grad(loss * weight, parameters)
+            return float(loss.detach()), [ranks.told(gradient) for gradient in gradients]
 
-        groups = plan([len(ids) for ids in sequences], self.rows, padded=takes_padding(self.model))
-        loss, sums = 0.0, [torch.zeros_like(parameter) for parameter in parameters]
-        for group in groups[rank::world]:
-            batch = collate(sequences, group, pad_id=self.model.pad_id).to(self.model.device)
-            for part, gradients in self.halving.run(batch, work):
-                loss += float(part)
-                for whole, gradient in zip(sums, gradients, strict=True):
-                    whole += gradient
-        return (loss, sums) if world == 1 else _summed(loss, sums)
+        passes = [
+            (name, [part[at] for at in group])
+            for name, part in parts.items()
+            for group in plan([len(sequences[at]) for at in part], self.rows, padded=padded)
+        ]
+
+        def batch_of(number: int) -> Batch:
+            return collate(sequences, passes[number][1], pad_id=self.model.pad_id).to(self.model.device)
+
+        losses = dict.fromkeys(parts, 0.0)
+        sums = {name: [torch.zeros_like(parameter) for parameter in parameters] for name in parts}
+        done = self.halving.over(range(len(passes)), batch_of, work)
+        for (name, _), results in zip(passes, done, strict=True):
+            for loss, gradients in results:
+                losses[name] += loss
+                for whole, gradient in zip(sums[name], gradients, strict=True):
+                    whole += gradient.to(whole.device)
+        return losses, sums
 
     def _untouched(self, batch: Batch, rows: Tensor) -> Tensor:
         """Log probabilities of the untouched model at these places of a batch."""
@@ -357,7 +370,7 @@ class Loop:
     # Checkpoints
 
     def _save(self) -> None:
-        if self.checkpoint is None or _processes()[1]:
+        if self.checkpoint is None:
             return
         arrays: dict[str, np.ndarray] = {
             f"delta/{key}": tensor.numpy() for key, tensor in self.deltas.tensors().items()
@@ -444,22 +457,6 @@ def _examples(arrays: Mapping[str, np.ndarray], prompt_ids: Sequence[str]) -> li
         examples.append(Example(prompt_id, ids, start, KINDS[kind], bool(ended), bool(truncated)))
         at += length
     return examples
-
-
-def _processes() -> tuple[int, int]:
-    """Processes that train together, and which one this is."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_world_size(), torch.distributed.get_rank()
-    return 1, 0
-
-
-def _summed(loss: float, gradients: list[Tensor]) -> tuple[float, list[Tensor]]:
-    """Sums over all processes."""
-    for gradient in gradients:
-        torch.distributed.all_reduce(gradient)
-    total = torch.tensor(loss, dtype=torch.float64, device=gradients[0].device)
-    torch.distributed.all_reduce(total)
-    return float(total), gradients
 
 
 @dataclasses.dataclass(frozen=True)
