@@ -373,9 +373,7 @@ class Lock:
 
 
 EVERY = 5.0
-"""Seconds of work after which a state is worth saving: what a kill costs at most, beside the step under
-way.
-"""
+"""Seconds of work after which a state is worth saving: what a kill costs at most, beside a step."""
 SHARE = 0.1
 """Share of the time that saving may take: a state that takes longer to write is written less often."""
 
