@@ -190,8 +190,8 @@ def held(shares, runs):
 
 @pytest.fixture(autouse=True)
 def fewer_draws(monkeypatch):
-    monkeypatch.setattr(importlib.import_module("safety_neurons.analysis.overlap"), "DRAWS", 500)
-    monkeypatch.setattr(importlib.import_module("safety_neurons.analysis.overlap"), "RANK_DRAWS", 40)
+    for name, draws in (("DRAWS", 500), ("LANGUAGE_DRAWS", 500), ("RANK_DRAWS", 40)):
+        monkeypatch.setattr(importlib.import_module("safety_neurons.analysis.overlap"), name, draws)
 
 
 CASES = [*((made, None) for made in MADE), (as_units, ("gate", "up", "down")), (as_units, ("v", "o"))]

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.stats import skew
 
 from safety_neurons.analysis.chance import Clumps, Counts, Expectation, Named, beside, clumped, mean_of_draw
 from safety_neurons.display import Displayed
@@ -130,7 +129,7 @@ def layers(item: Named) -> Layers:
     values = (
         np.zeros(1) if item.scores is None else np.concatenate([values for _, values in item.scores.items()])
     )
-    skewness = float(skew(values.astype(np.float64))) if np.ptp(values) else None
+    skewness = _skewness(values.astype(np.float64)) if np.ptp(values) else None
     claims = tuple(_claims(item, clumps, found["by_part"], found["by_layer"], depth, n_layers))
     return Layers(
         item,
@@ -141,6 +140,11 @@ def layers(item: Named) -> Layers:
         skewness=skewness,
         claims=claims,
     )
+
+
+def _skewness(values: np.ndarray) -> float:
+    around = values - values.mean()
+    return float((around**3).mean() / (around**2).mean() ** 1.5)
 
 
 def _site(info: SiteInfo) -> str:

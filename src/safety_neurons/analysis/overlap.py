@@ -31,7 +31,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from scipy.stats import rankdata
 
 from safety_neurons.analysis.chance import (
     Clumps,
@@ -328,9 +327,18 @@ def spearman(first: Float[np.ndarray, " neuron"], second: Float[np.ndarray, " ne
     """Spearman's rank correlation; None for fewer than three neurons or a constant side."""
     if len(first) < _FEWEST:
         return None
-    mine, theirs = (_centred(rankdata(side)) for side in (first, second))
+    mine, theirs = (_centred(_ranks(side)) for side in (first, second))
     spread = math.sqrt(float(mine @ mine) * float(theirs @ theirs))
     return float(np.clip(mine @ theirs / spread, -1.0, 1.0)) if spread > 0 else None
+
+
+def _ranks(values: Float[np.ndarray, " neuron"]) -> Float[np.ndarray, " neuron"]:
+    """Ranks from 1 up, equal values at the mean of theirs.
+
+    Beside scipy's, which takes seconds to import, and four times as long for the neurons of a set.
+    """
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[place]
 
 
 def one_by_one(blocks: Int[np.ndarray, " neuron"]) -> tuple[Exchange, Exchange]:
@@ -390,7 +398,7 @@ def over_all(first: np.ndarray, second: np.ndarray, anywhere: Exchange, within: 
     value = spearman(first, second)
     if value is None:
         return undefined("fewer than three candidates, or all scores equal")
-    mine, theirs = _centred(rankdata(first)), _centred(rankdata(second))
+    mine, theirs = _centred(_ranks(first)), _centred(_ranks(second))
     chance, matched = (_permuted(mine, theirs, part) for part in (anywhere, within))
     return {**beside(value, chance), "matched": beside(value, matched), "n": len(first)}
 

@@ -788,7 +788,9 @@ class RunFolder:
         """Removes files of the run, and folders that are empty without them."""
         root = self.folder.resolve()
         for name in names:
-            with contextlib.suppress(OSError, ValueError):  # A name too long for a file, or with a zero in it.
+            with contextlib.suppress(
+                OSError, ValueError
+            ):  # A name too long for a file, or with a zero in it.
                 target = (root / str(name)).resolve()
                 if target.is_relative_to(root) and target.is_file():
                     target.unlink()
