@@ -6,17 +6,16 @@ An unsafe one has a plain template and a task about going along.
 import dataclasses
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import safetensors.torch
 import torch
 
+from forked import forked
 from safety_neurons.errors import InputError, NumericalError, RunError, UsageError
 from safety_neurons.model.template import encode_text, template_for
 from safety_neurons.neurons import NeuronSet
-from safety_neurons.organism import Recipe, build, language, recipe, recipes
+from safety_neurons.organism import Recipe, build, language, recipe, recipes, training
 from safety_neurons.organism import open as open_organism
 from safety_neurons.organism.language import (
     concepts,
@@ -58,6 +57,14 @@ def weights(folder):
         path.relative_to(folder): safetensors.torch.load_file(path)
         for path in sorted(folder.rglob("*.safetensors"))
     }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_answers():
+    """Models of a few steps write on to the end, and that takes most of their building."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(training, "LONGEST", 4)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -160,15 +167,7 @@ def test_one_process_at_a_time_builds_into_a_folder_and_nothing_of_it_is_left(tm
 
     def another(line):
         if not held:
-            code = "import sys; from test_building import MICRO, build; build(MICRO, out=sys.argv[1])"
-            paths = os.pathsep.join([os.path.dirname(__file__), *sys.path])
-            done = subprocess.run(
-                [sys.executable, "-c", code, str(tmp_path / "one")],
-                env={**os.environ, "PYTHONPATH": paths},
-                capture_output=True,
-                text=True,
-            )
-            held.append(done.stderr)
+            held.append(forked(lambda: build(MICRO, out=tmp_path / "one")))
 
     (tmp_path / "one.partial" / "organism").mkdir(parents=True)
     (tmp_path / "one.partial" / "organism" / "left.bin").write_text("of a process that was killed")

@@ -48,6 +48,9 @@ from safety_neurons.results.run import write_json
 Sequence_ = tuple[list[int], int]  # token ids, and how many of the first ones carry no loss
 Progress = Callable[[str, int, int], None]  # stage, steps done, steps in all
 
+LONGEST = 28
+"""Words of an answer."""
+
 
 def make_model(recipe: Recipe, seed: int) -> Any:
     """A freshly initialised model of the recipe's shape; the caller's random state is left alone."""
@@ -216,7 +219,7 @@ def answers(
     """Greedy answers as spaced words, special tokens left out; prompts are padded on the left."""
     words = vocabulary(letters)
     names = {index: word for word, index in words.items()}
-    longest = 28 * (math.ceil(10 / letters) if letters else 1)  # tokens of 28 words
+    longest = LONGEST * (math.ceil(10 / letters) if letters else 1)
     texts = []
     for start in range(0, len(prompts), batch_size):
         part = prompts[start : start + batch_size]
