@@ -52,8 +52,8 @@ def with_fsdp(rank: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 
 def trained(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)  # First: threads of the process that was forked are not in this one.
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    torch.set_num_threads(1)
     torch.save(
         {"ddp": with_ddp(rank), **{str(dtype): with_fsdp(rank, dtype) for dtype in DTYPES}},
         f"{folder}/{rank}.pt",
@@ -69,11 +69,11 @@ def alone(model: LanguageModel, share: float) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, torch.Tensor]]]:
-    """What each of two processes has trained, one group of them for every way: a process takes longer to
-    start than to train.
+    """What each of two processes has trained, one group of them for every way; they are forked, since a new
+    one takes longer to import than to train.
     """
     folder = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.spawn(trained, (str(folder),), nprocs=2)
+    torch.multiprocessing.start_processes(trained, (str(folder),), nprocs=2, start_method="fork")
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
