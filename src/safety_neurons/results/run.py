@@ -755,13 +755,10 @@ class RunFolder:
         theirs, ours = (str(record["versions"].get(PACKAGE)) for record in (earlier, now))
         if theirs != ours:
             raise RunError(f"{where} of version {theirs[:20]}, this is version {ours}; {advice}")
-        gone = next(
-            (name for name in earlier["files"] if self.finished and not os.path.exists(self.folder / name)),
-            None,  # A name too long for a file names none.
-        )
-        if gone is not None:
+        gone = (name for name in earlier["files"] if not os.path.exists(self.folder / name))
+        if self.finished and (lost := next(gone, None)) is not None:
             raise RunError(
-                f"{where} that is finished, but its file {_shown(gone)!r} is not there; put it back, or "
+                f"{where} that is finished, but its file {_shown(lost)!r} is not there; put it back, or "
                 f"{advice}"
             )
 
