@@ -6,11 +6,12 @@
 For each row a virtual environment is made with that Python, the wheel of this tree is installed without
 extras beside the row's versions (torch is pinned, since a looser one brings a build for GPUs), and in it
 
-1. the command line: `demo --quick`, and the help of every verb;
-2. `doctor` on a tiny random model of every family of the contract test (`tests/families.py`).
+1. `demo --quick`, to its report;
+2. every verb that needs no extra, on a tiny pair of models (`tests/every_verb.py`), and the help of others;
+3. `doctor` on a tiny random model of every family of the contract test (`tests/families.py`).
 
-One JSON file per row in benchmarks/results/compatibility; a row whose Python or versions the index does not
-have says so. Rows are what was measured, not what is promised.
+All rows are in benchmarks/results/compatibility.json; a row whose Python or versions the index does not have
+says so. Rows are what was measured, not what is promised. An environment that is there is used as it is.
 """
 
 import argparse
@@ -19,43 +20,41 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import tempfile
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "compatibility"
+RESULTS = ROOT / "benchmarks" / "results" / "compatibility.json"
 ROWS: dict[str, tuple[str, dict[str, str]]] = {
     "oldest": (
         "3.11",
         {"torch": "2.13.0", "transformers": "4.57.1", "peft": "0.18.0", "accelerate": "1.10.0"},
     ),
-    "newest": ("3.11", {"torch": "2.13.0", "transformers": "", "peft": "", "accelerate": ""}),
-    "python-3.12": ("3.12", {"torch": "2.13.0"}),
-    "python-3.13": ("3.13", {"torch": "2.13.0"}),
-    "python-3.14": ("3.14", {"torch": "2.13.0"}),
-    "torch-2.6": ("3.11", {"torch": "2.6.0"}),
+    "old transformers": ("3.11", {"torch": "2.13.0", "transformers": "4.57.1"}),
+    "old peft": ("3.11", {"torch": "2.13.0", "peft": "0.18.0"}),
+    "newest": ("3.11", {"torch": "2.13.0"}),
+    "torch 2.14": ("3.11", {"torch": "2.14.1"}),
+    "torch 2.6": ("3.11", {"torch": "2.6.0"}),
+    "Python 3.12": ("3.12", {"torch": "2.13.0"}),
+    "Python 3.13": ("3.13", {"torch": "2.13.0"}),
+    "Python 3.14": ("3.14", {"torch": "2.13.0"}),
 }
-"""By row its Python, and versions; an empty one is the newest of the index."""
+"""By row its Python, and versions; what is not named is the newest of the index."""
 
-FAMILIES = """
-import json, sys, types, warnings
+BEGIN = """
+import json, os, pathlib, sys, tempfile, warnings
 warnings.simplefilter("ignore")
-sys.path.insert(0, sys.argv[1])
-import torch, transformers
-
-class Skipped(Exception):
-    pass
-
-def skip(reason, **_):
-    raise Skipped(reason)
-
-# families.py needs one name of pytest, for what an old transformers does not have; no extras are there.
-sys.modules["pytest"] = types.SimpleNamespace(skip=skip)
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/cli"]
+import pytest, torch
+torch.set_num_threads(1)
+"""
+FAMILIES = (
+    BEGIN
+    + """
 import families
-del sys.modules["pytest"]
 from tiny import tiny_tokenizer
 from safety_neurons import doctor
 from safety_neurons.model import LanguageModel
-torch.set_num_threads(1)
 found = {}
 for family in (*families.FAMILIES, *families.MOE_FAMILIES, *families.HYBRID_FAMILIES):
     try:
@@ -63,20 +62,30 @@ for family in (*families.FAMILIES, *families.MOE_FAMILIES, *families.HYBRID_FAMI
         examined = doctor(model, n_sampled=1)
         bad = [check.check for check in examined.checks if check.passed is False]
         found[family] = "healthy" if examined.healthy else "failed: " + ", ".join(bad)
+    except pytest.skip.Exception as missing:
+        found[family] = f"not there: {missing}"
     except Exception as error:
-        kind = type(error).__name__
-        found[family] = ("not there: " if kind == "Skipped" else f"{kind}: ") + str(error)[:160]
+        found[family] = f"{type(error).__name__}: {error}"[:200]
 print(json.dumps(found))
 """
-VERBS = """
-import json
-from safety_neurons.cli.verb import build
-def verbs(group, before=""):
-    for name in group.list_commands(None):
-        command = group.commands[name]
-        yield from verbs(command, f"{before}{name} ") if hasattr(command, "commands") else [before + name]
-print(json.dumps(list(verbs(build()))))
+)
+VERBS = (
+    BEGIN
+    + """
+import every_verb, running
+folder = pathlib.Path(tempfile.mkdtemp(dir=os.getcwd()))
+os.chdir(folder)
+places = every_verb.inputs(folder)
+found = {}
+for verb in every_verb.LINES:
+    done = running.command(*every_verb.words_of(verb, places))
+    found[verb] = "works" if done.code == 0 else " ".join((done.err or done.out).split())[-300:]
+for verb in every_verb.WITHOUT:
+    done = running.command(*verb.split(), "--help")
+    found[verb] = "shows its help" if done.code == 0 else " ".join((done.err or done.out).split())[-300:]
+print(json.dumps(found))
 """
+)
 
 
 def run(command: list[str], **given: Any) -> subprocess.CompletedProcess[str]:
@@ -92,55 +101,60 @@ def wheel(work: pathlib.Path) -> pathlib.Path:
     return max((work / "dist").glob("*.whl"), key=lambda file: file.stat().st_mtime)
 
 
+def interpreter_of(python: str) -> str | None:
+    """A Python of this version: on the path, or among those that pyenv keeps."""
+    kept = sorted(pathlib.Path.home().glob(f".pyenv/versions/{python}.*/bin/python"))
+    return str(kept[-1]) if kept else shutil.which(f"python{python}")
+
+
 def measured(row: str, work: pathlib.Path, package: pathlib.Path) -> dict[str, Any]:
     """What a row gave."""
     python, versions = ROWS[row]
-    interpreter = shutil.which(f"python{python}")
+    interpreter = interpreter_of(python)
     if interpreter is None:
-        return {"row": row, "python": python, "why": f"no python{python} on this machine"}
-    home = work / row
-    shutil.rmtree(home, ignore_errors=True)
-    run([interpreter, "-m", "venv", str(home)])
-    pip, here = [str(home / "bin" / "python"), "-m", "pip", "--quiet"], str(home / "bin" / "python")
-    wanted = [f"{name}=={version}" if version else name for name, version in versions.items()]
-    for names in ([wanted[0]], [str(package), *wanted]):
-        installed = run([*pip, "install", "--disable-pip-version-check", *names])
-        if installed.returncode:
-            shutil.rmtree(home, ignore_errors=True)
-            return {"row": row, "python": python, "why": installed.stderr.strip().splitlines()[-1][:300]}
+        return {"python": python, "why": f"no Python {python} on this machine"}
+    home = work / row.replace(" ", "-")
+    here = str(home / "bin" / "python")
+    pip = [here, "-m", "pip", "--quiet"]
+    if not home.is_dir():
+        run([interpreter, "-m", "venv", str(home)])
+        wanted = [f"{name}=={version}" for name, version in versions.items()]
+        for names in ([wanted[0]], [str(package), *wanted]):
+            installed = run([*pip, "install", "--disable-pip-version-check", *names])
+            if installed.returncode:
+                shutil.rmtree(home, ignore_errors=True)
+                return {"python": python, "why": installed.stderr.strip().splitlines()[-1][:300]}
     frozen = dict(
         line.split("==") for line in run([*pip, "freeze"]).stdout.splitlines() if line.count("==") == 1
     )
-    program = str(home / "bin" / "safety-neurons")
-    demo = run([program, "demo", "--quick", "--out", str(work / f"demo-{row}"), "--overwrite"], cwd=work)
-    helped = _verbs(here, program, work)
-    families = run([here, "-c", FAMILIES, str(ROOT / "tests")], cwd=work)
-    shutil.rmtree(work / f"demo-{row}", ignore_errors=True)
-    shutil.rmtree(home, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=work) as place:
+        demo = run([here, "-m", "safety_neurons", "demo", "--quick", "--out", "demo"], cwd=place)
+        run([*pip, "install", "pytest"])  # Files of the tests name it; nothing of the package does.
+        said = {
+            name: run([here, "-c", program, str(ROOT / "tests")], cwd=place)
+            for name, program in (("verbs", VERBS), ("families", FAMILIES))
+        }
     return {
-        "row": row,
-        "python": python,
+        "python": run([here, "-c", "import platform; print(platform.python_version())"]).stdout.strip(),
         "versions": {
             name: frozen.get(name) for name in ("torch", "transformers", "peft", "accelerate", "numpy")
         },
         "demo": "ends with its report" if demo.returncode == 0 else (demo.stderr or demo.stdout)[-300:],
-        "verbs": helped,
-        "families": json.loads(families.stdout.splitlines()[-1])
-        if families.returncode == 0
-        else families.stderr[-300:],
+        **{
+            name: json.loads(done.stdout.splitlines()[-1])
+            if done.returncode == 0
+            else {"all": done.stderr[-300:]}
+            for name, done in said.items()
+        },
     }
 
 
-def _verbs(here: str, program: str, work: pathlib.Path) -> dict[str, str]:
-    """The help of every verb that is declared."""
-    names = run([here, "-c", VERBS], cwd=work)
-    if names.returncode:
-        return {"": names.stderr[-300:]}
-    told = {}
-    for name in json.loads(names.stdout):
-        done = run([program, *name.split(), "--help"], cwd=work)
-        told[name] = "there" if done.returncode == 0 else (done.stderr or done.stdout)[-200:]
-    return told
+def recorded() -> dict[str, dict[str, Any]]:
+    """What was measured so far, by row."""
+    if not RESULTS.is_file():
+        return {}
+    rows: dict[str, dict[str, Any]] = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]
+    return rows
 
 
 def table() -> str:
@@ -149,16 +163,11 @@ def table() -> str:
         "| row | Python | torch | transformers | peft | demo | verbs | families healthy in doctor |",
         "|---" * 8 + "|",
     ]
-    for row in ROWS:
-        file = RESULTS / f"{row}.json"
-        if not file.is_file():
-            continue
-        found = json.loads(file.read_text(encoding="utf-8"))
+    for row, found in recorded().items():
         if "why" in found:
             lines.append(f"| {row} | {found['python']} | not measured: {found['why']} | | | | | |")
             continue
         versions, families, verbs = found["versions"], found["families"], found["verbs"]
-        families = families if isinstance(families, dict) else {"all": families}
         healthy = [name for name, word in families.items() if word == "healthy"]
         absent = [name for name, word in families.items() if word.startswith("not there")]
         rest = [f"{name} ({word})" for name, word in families.items() if name not in (*healthy, *absent)]
@@ -166,11 +175,13 @@ def table() -> str:
             f"; not in this transformers: {', '.join(absent)}" if absent else ""
         )
         said += f"; {'; '.join(rest)}" if rest else ""
-        there = sum(word == "there" for word in verbs.values())
+        run_here = {name: word for name, word in verbs.items() if word != "shows its help"}
+        broken = [f"{name} ({word.split(': ')[-1]})" for name, word in run_here.items() if word != "works"]
+        worked = f"{len(run_here) - len(broken)} of {len(run_here)}"
+        worked += f"; {'; '.join(broken)}" if broken else ""
         lines.append(
             f"| {row} | {found['python']} | {versions['torch']} | {versions['transformers']} "
-            f"| {versions['peft']} "
-            f"| {found['demo']} | {there} of {len(verbs)} | {said} |"
+            f"| {versions['peft']} | {found['demo']} | {worked} | {said} |"
         )
     return "\n".join(lines)
 
@@ -187,11 +198,14 @@ def main() -> None:
     if not given.table:
         work = given.work.resolve()
         work.mkdir(parents=True, exist_ok=True)
-        RESULTS.mkdir(parents=True, exist_ok=True)
         package = wheel(work)
         for row in given.rows:
-            found = json.dumps(measured(row, work, package), indent=1, ensure_ascii=False)
-            (RESULTS / f"{row}.json").write_text(found + "\n", encoding="utf-8")
+            rows = {**recorded(), row: measured(row, work, package)}
+            record = {
+                "benchmark": "compatibility",
+                "rows": {name: rows[name] for name in ROWS if name in rows},
+            }
+            RESULTS.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(table())
 
 

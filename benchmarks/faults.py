@@ -7,7 +7,11 @@ undisturbed command, and one of its file operations (open for writing, sync, ren
 drawn evenly. At a sync the end of the written file is cut off as well, as if the system had written only a
 part of it. Every third trial is killed a second time while it goes on.
 
-SOURCE_DATE_EPOCH=1700000000 python benchmarks/faults.py --kills 50
+With `--processes 2` two forks share each command (`report` aside, which one process does) and one of them,
+drawn, is killed: the other has to end within a minute by itself, with one line that says who is gone, and
+two again go on to the bytes that one process leaves.
+
+SOURCE_DATE_EPOCH=1700000000 python benchmarks/faults.py --kills 50 --processes 1 2
 """
 
 import argparse
@@ -17,13 +21,14 @@ import pathlib
 import random
 import shutil
 import signal
+import socket
 import sqlite3
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 os.environ.setdefault("SOURCE_DATE_EPOCH", "1700000000")
@@ -48,6 +53,10 @@ UNCOMPARED = ("judgements.sqlite",)
 """Files of which docs/files.md says that their bytes differ from run to run."""
 LIMIT = 300.0
 """Seconds after which a command counts as hung."""
+MINUTE = 70.0
+"""Seconds in which a process has to end after another of the same command was killed: a minute is waited for
+one that does not come.
+"""
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
@@ -57,7 +66,10 @@ class Verb:
 
     name: str
     words: list[str]
+    processes: int = 1
     seconds: float = 0.0
+    processor_seconds: float = 0.0
+    """Of a trial: its kills, and the run to the end."""
     operations: int = 0
     expected: dict[str, bytes] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
@@ -67,7 +79,9 @@ class Verb:
         """The line of the table."""
         return {
             "verb": self.name,
+            "processes": self.processes,
             "seconds": round(self.seconds, 3),
+            "processor_seconds_a_trial": round(self.processor_seconds, 2),
             "file_operations": self.operations,
             **{name: self.counts[name] for name in ("kills", "at_a_time", "at_an_operation", "half_lines")},
             "went_on_to_the_same_bytes": self.counts["same"],
@@ -132,26 +146,46 @@ def run(verb: Verb, folder: pathlib.Path) -> running.Outcome:
         os.chdir(earlier)
 
 
-def forked(verb: Verb, folder: pathlib.Path, *, kill_at: int = 0, seed: int = 0) -> int:
-    """Start the command in a fork that every save is due in; the process's id.
+@dataclass(frozen=True)
+class Kill:
+    """The file operation of a process at which it kills itself; at none where `at` is 0."""
 
-    Args:
-        verb: the command.
-        folder: to run in.
-        kill_at: number of the file operation at which it kills itself; 0 for none.
-        seed: of where a written file is cut off.
-    """
-    child = os.fork()
-    if child:
-        return child
+    rank: int = 0
+    at: int = 0
+    seed: int = 0
+    """Of where a written file is cut off."""
+
+
+def started(verb: Verb, folder: pathlib.Path, kill: Kill = Kill()) -> list[int]:
+    """Start the command in forks that every save is due in; process ids by rank."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    children = []
+    for rank in range(verb.processes):
+        child = os.fork()
+        if not child:
+            _work(verb, folder, kill if kill.rank == rank else Kill(), rank, port)
+        children.append(child)
+    return children
+
+
+def _work(verb: Verb, folder: pathlib.Path, kill: Kill, rank: int, port: int) -> None:
+    """One of the forks, to its end."""
+    place = folder.parent / f"{folder.name}.{rank}.err"
+    place.unlink(missing_ok=True)
     try:
-        Operations(kill_at, seed)
+        if verb.processes > 1:
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(verb.processes))
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        operations = Operations(kill.at, kill.seed)
         outcome = run(verb, folder)
+        place.with_suffix(".seen").write_text(str(operations.seen))
         if outcome.code:
-            (folder.parent / f"{folder.name}.err").write_text(outcome.err + outcome.out)
+            place.write_text(outcome.err + outcome.out)
         os._exit(outcome.code)
     except BaseException as error:  # a fork must not go on as if it were the harness
-        (folder.parent / f"{folder.name}.err").write_text(repr(error))
+        place.write_text(repr(error))
         os._exit(99)
 
 
@@ -199,29 +233,59 @@ def ended(child: int, limit: float) -> int | None:
 
 
 def killed(verb: Verb, folder: pathlib.Path, draw: random.Random, *, by_time: bool) -> bool:
-    """Run the command and kill it; whether that came before its end."""
+    """Run the command and kill it, or one of its processes; whether that came before its end."""
+    rank = draw.randrange(verb.processes)
     if by_time:
-        child = forked(verb, folder)
-        status = ended(child, draw.random() * verb.seconds)
-        if status is None:
-            os.kill(child, signal.SIGKILL)
-            status = ended(child, LIMIT)
+        children = started(verb, folder)
+        status = ended(children[rank], draw.random() * verb.seconds)
     else:
-        child = forked(verb, folder, kill_at=draw.randint(1, verb.operations), seed=draw.randrange(2**32))
-        status = ended(child, LIMIT)
+        kill = Kill(rank, draw.randint(1, verb.operations), draw.randrange(2**32))
+        children = started(verb, folder, kill)
+        status = ended(children[rank], LIMIT)
         if status is None:
-            os.kill(child, signal.SIGKILL)
-            ended(child, LIMIT)
             verb.faults.append("hung")
+    if status is None:
+        os.kill(children[rank], signal.SIGKILL)
+        status = ended(children[rank], LIMIT)
     if status not in (0, -signal.SIGKILL):
-        verb.faults.append(f"failed by itself with {status}: {said(folder)}")
+        verb.faults.append(f"failed by itself with {status}: {said(folder, rank)}")
+    for other, child in enumerate(children):
+        if other != rank:
+            _survived(
+                verb, folder, other, ended(child, MINUTE if status else LIMIT), child, gone=bool(status)
+            )
     return status == -signal.SIGKILL
 
 
-def said(folder: pathlib.Path) -> str:
-    """What a command that failed said."""
-    file = folder.parent / f"{folder.name}.err"
+def _survived(
+    verb: Verb, folder: pathlib.Path, rank: int, status: int | None, child: int, *, gone: bool
+) -> None:
+    """Hold the process that was not killed to its end in time and its one line."""
+    if status is None:
+        os.kill(child, signal.SIGKILL)
+        ended(child, LIMIT)
+        verb.faults.append(f"process {rank} did not end within a minute of the other")
+    elif status:
+        text = said(folder, rank)
+        if not gone or "\n" in text or not ("has ended" in text or "did not meet" in text):
+            verb.faults.append(f"process {rank} ended with {status}: {text}")
+
+
+def said(folder: pathlib.Path, rank: int = 0) -> str:
+    """What a process that failed said."""
+    file = folder.parent / f"{folder.name}.{rank}.err"
     return file.read_text()[-300:].strip() if file.is_file() else ""
+
+
+def finished(verb: Verb, folder: pathlib.Path) -> int:
+    """Run the command to its end: its exit code, the worst of its processes'."""
+    children = started(verb, folder)
+    statuses = [ended(child, LIMIT) for child in children]
+    for child, status in zip(children, statuses, strict=True):
+        if status is None:
+            os.kill(child, signal.SIGKILL)
+            ended(child, LIMIT)
+    return max((99 if status is None else abs(status)) for status in statuses)
 
 
 def files_in(folder: pathlib.Path) -> dict[str, pathlib.Path]:
@@ -282,12 +346,8 @@ def trial(verb: Verb, folder: pathlib.Path, draw: random.Random, number: int) ->
         verb.faults += [
             f"trial {number}.{again}: half written: {name}" for name in half_written(verb, folder)
         ]
-    child = forked(verb, folder)
-    status = ended(child, LIMIT)
-    if status is None:
-        os.kill(child, signal.SIGKILL)
-        ended(child, LIMIT)
-    if status != 0:
+    status = finished(verb, folder)
+    if status:
         verb.faults.append(f"trial {number}: did not go on ({status}): {said(folder)}")
         return
     made = bytes_in(folder)
@@ -301,32 +361,28 @@ def trial(verb: Verb, folder: pathlib.Path, draw: random.Random, number: int) ->
 
 
 def undisturbed(verb: Verb, folder: pathlib.Path) -> None:
-    """What the command leaves, the seconds that takes, and its number of file operations."""
+    """What the command leaves when one process does it, and seconds and file operations of its processes."""
     folder.mkdir()
     outcome = run(verb, folder)  # warms this process
     if outcome.code:
         raise SystemExit(f"{verb.name}: {outcome.err}")
+    verb.expected = bytes_in(folder)
     shutil.rmtree(folder)
     folder.mkdir()
-    child, start = forked(verb, folder), time.monotonic()
-    status = ended(child, LIMIT)
+    start = time.monotonic()
+    status = finished(verb, folder)
     verb.seconds = time.monotonic() - start
     if status:
         raise SystemExit(f"{verb.name}: {status} {said(folder)}")
-    verb.expected = bytes_in(folder)
-    counting = folder.with_name(f"{folder.name} counted")
-    counting.mkdir()
-    reader, writer = os.pipe()
-    child = os.fork()
-    if not child:
-        operations = Operations(0, 0)
-        run(verb, counting)
-        os.write(writer, str(operations.seen).encode())
-        os._exit(0)
-    ended(child, LIMIT)
-    verb.operations = int(os.read(reader, 20))
-    os.close(reader)
-    os.close(writer)
+    if bytes_in(folder) != verb.expected:
+        verb.faults.append("other bytes undisturbed")
+    verb.operations = int((folder.parent / f"{folder.name}.0.seen").read_text())
+
+
+def used() -> float:
+    """Processor seconds of all forks that have ended."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -334,38 +390,43 @@ def main(words: Sequence[str] | None = None) -> int:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--kills", type=int, default=50, help="trials of each command")
     options.add_argument("--verbs", default="", help="a part of them, by name, with commas")
+    options.add_argument("--processes", type=int, nargs="+", default=[1], help="that share a command")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--out", type=pathlib.Path, default=RESULTS, help="folder for the JSON record")
     chosen = options.parse_args(words)
-    started = time.monotonic()
+    begun = time.monotonic()
     work = pathlib.Path(tempfile.mkdtemp(prefix="faults-"))
     (work / "inputs").mkdir()
     verbs = inputs(work / "inputs")
     wanted = chosen.verbs.split(",") if chosen.verbs else [verb.name for verb in verbs]
     Checkpoint.due = True  # commands of a second would save nothing otherwise
-    for verb in verbs:
-        if verb.name == "report":
-            found = next(one for one in verbs if one.name == "find")
-            done = running.command(*found.words, "--out", work / "inputs" / "find")
-            assert done.code == 0, done.err
-        if verb.name not in wanted:
-            continue
-        undisturbed(verb, work / verb.name)
-        draw = random.Random(f"{chosen.seed} {verb.name}")
+    done = [
+        replace(verb, processes=size, counts=Counter(), faults=[])
+        for size in chosen.processes
+        for verb in verbs
+        if verb.name in wanted and (size == 1 or verb.name != "report")
+    ]
+    if "report" in wanted:
+        found = running.command(*verbs[0].words, "--out", work / "inputs" / verbs[0].name)
+        assert found.code == 0, found.err
+    for verb in done:
+        name = f"{verb.name} of {verb.processes}"
+        undisturbed(verb, work / name)
+        draw, before = random.Random(f"{chosen.seed} {name}"), used()
         for number in range(chosen.kills):
-            trial(verb, work / f"{verb.name} {number}", draw, number)
+            trial(verb, work / f"{name} {number}", draw, number)
+        verb.processor_seconds = (used() - before) / max(1, chosen.kills)
         print(json.dumps(verb.row()), flush=True)
-    done_verbs = [verb for verb in verbs if verb.name in wanted]
     record = {
         "benchmark": "faults",
-        "rows": [verb.row() for verb in done_verbs],
-        "settings": {"kills": chosen.kills, "seed": chosen.seed},
+        "rows": [verb.row() for verb in done],
+        "settings": {"kills": chosen.kills, "processes": chosen.processes, "seed": chosen.seed},
         "machine": machine(),
-        "seconds": round(time.monotonic() - started),
+        "seconds": round(time.monotonic() - begun),
     }
     chosen.out.mkdir(parents=True, exist_ok=True)
     (chosen.out / "faults.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    faults = sum(len(verb.faults) for verb in done_verbs)
+    faults = sum(len(verb.faults) for verb in done)
     if faults:
         print(f"{faults} faults; what they left lies in {work}")
     else:

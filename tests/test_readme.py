@@ -47,8 +47,8 @@ def test_a_pair_of_organism_stages_shares_its_base_and_keeps_its_short_names() -
     assert pair.base.prompts("builtin:harmful")[0].text != sn.prompts("builtin:harmful")[0].text
 
 
-def script():
-    spec = importlib.util.spec_from_file_location("tree", ROOT / "docs" / "tree.py")
+def script(name="docs/tree.py"):
+    spec = importlib.util.spec_from_file_location(pathlib.Path(name).stem, ROOT / name)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -80,3 +80,9 @@ def test_every_module_of_the_package_is_in_the_tree_with_a_line():
 def test_a_readme_that_lost_its_marks_is_said():
     with pytest.raises(SystemExit, match="put them back"):
         script().with_tree("# no marks")
+
+
+def test_the_page_of_models_shows_the_versions_that_were_measured():
+    measured = script("benchmarks/compatibility.py")
+    assert any("verbs" in row for row in measured.recorded().values())
+    assert measured.table() in (ROOT / "docs" / "models.md").read_text(encoding="utf-8")

@@ -647,6 +647,22 @@ def test_what_a_kill_left_unfinished_is_gone_at_the_next_start_and_nothing_else(
     assert (run / "model" / "weights").read_text() == "old"
 
 
+def test_a_run_that_was_killed_between_its_last_record_and_its_end_is_tidied_by_who_comes_next(tmp_path):
+    child = os.fork()
+    if not child:
+        run = RunFolder(tmp_path, "find", {})
+        run.checkpoint("sums").save({}, {"batch": 4})
+        RunFolder._remove = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        run.finish({"n": 1})
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert {path.name for path in tmp_path.rglob("*")} >= {"run.json", ".lock", "sums.safetensors"}
+    again = RunFolder(tmp_path, "find", {})
+    assert again.finished
+    assert again.record["result"] == {"n": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
 def test_an_exception_leaves_the_old_folder_and_a_success_the_new_one(tmp_path):
     for number in range(2):
         with whole_folder(tmp_path / "model") as partial:

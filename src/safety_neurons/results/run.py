@@ -389,12 +389,7 @@ class Checkpoint:
     """Arrays and a small state under one path; saving replaces both in one step."""
 
     def __init__(self, path: PathLike, clock: Callable[[], float] = time.monotonic) -> None:
-        """Names the file; nothing is written yet.
-
-        Args:
-            path: of the file.
-            clock: seconds, by which `due` goes.
-        """
+        """Names the file; nothing is written yet. `due` goes by the seconds of the clock."""
         self.path = pathlib.Path(path)
         self._clock = clock
         self._last, self._cost = clock(), 0.0
@@ -527,8 +522,7 @@ class RunFolder:
             out: the folder.
             verb: what is run, such as `find contrast`.
             config: the arguments; those in `IMMATERIAL` are recorded but not compared.
-            overwrite: start anew whatever the folder holds of an earlier run; files the earlier run did not
-                write stay.
+            overwrite: start anew; files that an earlier run did not write stay.
             inputs: by argument the content of what it names, which is compared in the place of its words.
 
         Raises:
@@ -547,6 +541,10 @@ class RunFolder:
             self._make()
             self._lock.take()
             self._begin(first, overwrite=overwrite)
+        elif (self.folder / _LOCK).exists():  # It was killed between its last record and its end.
+            with contextlib.suppress(RunError):
+                self._lock.take()
+                self._begin(first, overwrite=False)
         self._started = time.monotonic()
 
     def _begin(self, first: dict[str, Any], *, overwrite: bool) -> None:
@@ -567,6 +565,9 @@ class RunFolder:
             self._lock.release()
             raise
         if self.finished:
+            self._remove(
+                [f"checkpoints/{left.name}" for left in self.folder.glob("checkpoints/*.safetensors")]
+            )
             self._lock.release()
 
     # What others use
@@ -578,9 +579,7 @@ class RunFolder:
 
     @property
     def record(self) -> RunRecord:
-        """What `run.json` says; after a finished run its `result` is what was passed to `finish`, its files
-        where the folder lies now.
-        """
+        """What `run.json` says; a finished run's `result` has its files where the folder lies now."""
         return {
             **cast(RunRecord, self._record),
             "result": _placed(
@@ -628,8 +627,7 @@ class RunFolder:
         """Marks the run as finished and writes down what it gave.
 
         Args:
-            record: the result, as JSON values; kept under `result`, paths in the folder relative to it, so
-                that it may be moved; `paths` says where in the result they are.
+            record: the result, as JSON values; paths in the folder relative to it, where `paths` says.
             about: further entries of `run.json`, such as `device`, `hashes`, `timings`.
         """
         seconds = self._record["timings"].get("seconds", 0.0) + elapsed(self._started)
