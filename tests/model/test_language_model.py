@@ -9,7 +9,7 @@ from families import build
 from safety_neurons.errors import ModelError, UsageError
 from safety_neurons.judges import judge_refusal
 from safety_neurons.model import LanguageModel, load, run_batches, token_losses
-from safety_neurons.model.decoding import Decoding, cut
+from safety_neurons.model.decoding import Decoding, cache_in, cache_name, cut, without_cache
 from safety_neurons.model.hooks import around
 from safety_neurons.model.language_model import generate
 from safety_neurons.model.passes import PassOptions
@@ -411,3 +411,19 @@ def test_rows_that_have_ended_leave_the_batch_and_change_no_other_row(family, mo
         together = generate(model, asked, Decoding(10), batch_size=9)
     assert together == {row: cut(ids, ends, model.pad_id, 0) for row, ids in enumerate(whole)}
     assert max(rows) == len(asked) > min(rows)
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_the_memory_of_earlier_tokens_goes_by_the_name_of_this_transformers_and_of_the_next(name):
+    def forward(self, input_ids, past_key_values=None): ...
+
+    def renamed(self, input_ids, cache=None): ...
+
+    kind = type("Model", (torch.nn.Module,), {"forward": renamed if name == "cache" else forward})
+    assert cache_name(kind()) == name
+    assert cache_in({name: "kept", "use_cache": True}) == "kept"
+    assert (
+        cache_in(transformers.utils.ModelOutput({name: torch.ones(1), "logits": torch.ones(1)})) is not None
+    )
+    assert cache_in({name: None}) is cache_in((1, 2)) is None
+    assert without_cache({name: "kept", "use_cache": True}) == {"use_cache": True}

@@ -18,7 +18,7 @@ from safety_neurons.guard.guard import Guard
 from safety_neurons.guard.verdict import FlaggedError, Verdict
 from safety_neurons.guard.watching import Rules, Watch
 from safety_neurons.model import BatchSize, LanguageModel, Progress
-from safety_neurons.model.decoding import Answer, Decoding
+from safety_neurons.model.decoding import Answer, Decoding, cache_in
 from safety_neurons.model.language_model import PendingCompletions, Texts, end_ids, generate
 from safety_neurons.prompt_lists import Prompt, Prompts, as_prompt
 from safety_neurons.results import Completion, Completions
@@ -383,9 +383,9 @@ class GuardedModel:
                 f"argument {(several + other)[0]!r}: a guarded model decodes by greedy search or "
                 "sampling, one row a prompt"
             )
-        if options.get("past_key_values") is not None:
+        if cache_in(options) is not None:
             raise DecodeError(
-                "past_key_values arrived: the guard has not read the tokens in that cache; give the "
+                "a cache arrived: the guard has not read the tokens in that cache; give the "
                 "whole prompt instead"
             )
         if self.rules.recheck_every and options.get("use_cache") is False:

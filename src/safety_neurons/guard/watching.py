@@ -17,6 +17,7 @@ from safety_neurons.guard.calibration import check_probability
 from safety_neurons.guard.features import Collector
 from safety_neurons.guard.guard import FAILURES, TOP, Guard
 from safety_neurons.guard.verdict import Verdict, largest
+from safety_neurons.model.decoding import cache_in, cache_name, without_cache
 from safety_neurons.model.sites import unwrapped
 from safety_neurons.prompt_lists import Prompt
 
@@ -220,7 +221,8 @@ class Watch:
         arguments it prepares.
         """
         prepared.pop("position_ids", None)  # of the prompt alone; Feed has those of every pass
-        mask, cache = (prepared.pop(name, None) for name in ("attention_mask", "past_key_values"))
+        mask, cache = prepared.pop("attention_mask", None), cache_in(prepared)
+        prepared = without_cache(prepared)
         feed = Feed(model, mask, cache, chunk=generation_config.prefill_chunk_size, **prepared)
         going = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
         ending = any(hasattr(one, "eos_token_id") for one in stopping_criteria)
@@ -318,7 +320,7 @@ class Feed:
         self._model, self._cache, self._chunk, self._running = model, cache, chunk, running
         # Without padding the model numbers the tokens itself, and needs no mask to look at in every layer.
         self._mask = None if mask is None or bool(mask.all()) else mask
-        self._numbered = "position_ids" in accepted
+        self._numbered, self._remembers = "position_ids" in accepted, cache_name(model)
         self._further = {
             "use_cache": True,
             **({"logits_to_keep": 1} if "logits_to_keep" in accepted else {}),
@@ -346,8 +348,8 @@ class Feed:
             given["attention_mask"] = seen = self._mask[:, : self._width]
             if self._numbered:
                 given["position_ids"] = (seen.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        output = self._model(input_ids=ids, past_key_values=self._cache, return_dict=True, **given)
-        self._cache = output.past_key_values if given["use_cache"] else None
+        output = self._model(input_ids=ids, return_dict=True, **{self._remembers: self._cache}, **given)
+        self._cache = cache_in(output) if given["use_cache"] else None
         return output
 
     def keep(self, rows: Sequence[int]) -> None:

@@ -43,6 +43,7 @@ from safety_neurons.interventions.targets import (
     indices,
     withdraw,
 )
+from safety_neurons.model.decoding import cache_in, cache_name, without_cache
 from safety_neurons.model.hooks import around, editing, evaluating, with_forwards
 from safety_neurons.neurons import NeuronSet
 
@@ -395,8 +396,8 @@ class StackedPass:
         """Doubles the inputs of a pass and follows its cache."""
         self.base.check_active()
         given, source = _inputs(self._names, args, kwargs)
-        if given.get("past_key_values") is not None:
-            self.follower.check(given["past_key_values"], source.shape[0])
+        if (cache := cache_in(given)) is not None:
+            self.follower.check(cache, source.shape[0])
         for name in _ROW_FIRST:
             if name in given:
                 # Positions of text, height and width: [3, row, token].
@@ -539,7 +540,7 @@ class TwinPass:
             )
         if given.get("use_cache") is None:
             given["use_cache"] = bool(getattr(getattr(self.base.body, "config", None), "use_cache", False))
-        cache = given.get("past_key_values")
+        cache = cache_in(given)
         if cache is not None:
             self.follower.check(cache, source.shape[0])
         self._fired, self._recorded, self._new_twin = 0, {}, None
@@ -549,15 +550,11 @@ class TwinPass:
     def _run_donor(self, given: Mapping[str, Any], cache: FollowedCache | None) -> None:
         passed = {
             name: _to(value, self._device())
-            for name, value in given.items()
+            for name, value in without_cache(given).items()
             if name in self._known or "kwargs" in self._known
         }
-        passed.update(
-            past_key_values=None if cache is None else cache.twin,
-            output_attentions=False,
-            output_hidden_states=False,
-        )
-        passed["return_dict"] = True
+        passed[cache_name(self.aligned.body)] = None if cache is None else cache.twin
+        passed |= {"output_attentions": False, "output_hidden_states": False, "return_dict": True}
         active = self.aligned.active() if self.shared else contextlib.nullcontext()
         self._recording = True
         try:
@@ -565,7 +562,7 @@ class TwinPass:
                 output = self.aligned.body(**passed)
         finally:
             self._recording = False
-        self._new_twin = getattr(output, "past_key_values", None)
+        self._new_twin = cache_in(output)
         if cache is not None:
             if self._new_twin is None:
                 raise DecodeError("the donor keeps no cache of its own; pass use_cache=False")
@@ -579,7 +576,7 @@ class TwinPass:
         if self._recording:
             return output
         check_fired(self._fired, len(self._chosen))
-        cache = getattr(output, "past_key_values", None)
+        cache = cache_in(output)
         if cache is None and isinstance(output, tuple):
             cache = next((one for one in output if hasattr(one, "get_seq_length")), None)
         if cache is not None and not isinstance(cache, FollowedCache):

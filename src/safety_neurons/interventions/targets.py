@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from safety_neurons.errors import DecodeError, NeuronError, UnsupportedModelError, UsageError
 from safety_neurons.model import LanguageModel
+from safety_neurons.model.decoding import cache_in
 from safety_neurons.model.hooks import around, editing, evaluating, rerouting
 from safety_neurons.model.sites import Anatomy, ExpertRows
 from safety_neurons.neurons import NeuronSet
@@ -520,7 +521,7 @@ class Conditional:
                 "embeddings arrived without token ids; scaling by a condition reads the request; pass ids"
             )
         mask = kwargs.get("attention_mask")
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         self._tokens = ids.shape[1]
         if cache is not None and cache.get_seq_length() > 0:
             if self._flags is None or len(self._flags) != len(ids):

@@ -3,6 +3,7 @@ rows leave when their answers end.
 """
 
 import contextlib
+import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,6 +14,27 @@ from torch import Tensor
 
 from safety_neurons.errors import UsageError
 from safety_neurons.model.sites import unwrapped
+
+_CACHES = ("past_key_values", "cache")
+"""What a model's memory of earlier tokens is called: until transformers 5.23, and since."""
+
+
+def cache_name(model: Any) -> str:
+    """The argument by which a model takes its memory of earlier tokens."""
+    accepted = inspect.signature(type(unwrapped(model)).forward).parameters
+    return next((name for name in reversed(_CACHES) if name in accepted), _CACHES[0])
+
+
+def cache_in(given: Any) -> Any:
+    """The memory of earlier tokens among arguments by name, or in a model's output; None without one."""
+    named = given if isinstance(given, Mapping) else {}
+    return next((named[name] for name in _CACHES if named.get(name) is not None), None)
+
+
+def without_cache(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The other arguments."""
+    return {name: value for name, value in given.items() if name not in _CACHES}
+
 
 _INSTEAD = {
     "do_sample": "sample=True, whose draws come from `seed`",
@@ -280,8 +302,8 @@ def decoded(
         if not left or not going:
             return written, failed
         kept = torch.tensor(going, device=ids.device)
-        cache = output.past_key_values
+        cache = cache_in(output)
         cache.batch_select_indices(kept)
         ids = output.sequences[kept]
         mask = torch.cat([mask, torch.ones_like(output.sequences[:, width:])], 1)[kept]
-        rows, passed = [rows[number] for number in going], {"past_key_values": cache}
+        rows, passed = [rows[number] for number in going], {cache_name(model): cache}

@@ -31,6 +31,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from safety_neurons.errors import NumericalError, UnsupportedModelError
+from safety_neurons.model.decoding import cache_in, cache_name
 from safety_neurons.model.hooks import Editor, around, editing, evaluating, reading
 from safety_neurons.model.sites import (
     GATE_UP_LAYOUTS,
@@ -120,10 +121,11 @@ class Probe:
             prefill = self.model(
                 input_ids=self.ids[:, :-1], attention_mask=torch.ones_like(self.ids[:, :-1]), use_cache=True
             )
-            cache = getattr(prefill, "past_key_values", None)
+            cache = cache_in(prefill)
             if cache is not None:
                 ids, mask = self.ids[:, -1:], torch.ones_like(self.ids)
-                self.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+                remembered = {cache_name(self.model): cache, "use_cache": True}
+                self.model(input_ids=ids, attention_mask=mask, **remembered)
 
     def see(
         self,
