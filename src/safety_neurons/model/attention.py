@@ -519,6 +519,8 @@ def _cos_sin(
         and all(isinstance(part, Tensor) for part in given)
     ):
         cos, sin = given
+        if not bool(cos[..., 0, :].any()):  # The first token is not turned: what is zero there are the sines.
+            cos, sin = sin, cos
         if cos.ndim == 3:
             row = row if cos.shape[0] > 1 else 0
             return cos[row, :length], sin[row, :length]
