@@ -45,6 +45,13 @@ def test_a_spec_is_split_at_plus_and_at_unless_it_is_a_path(tmp_path, monkeypatc
     assert parse_spec("c+++org/x") == ModelSpec("c++", None, (("org/x", None),))
 
 
+def test_an_adapter_stands_behind_the_stage_of_an_organism():
+    bare, adapted = parse_spec("organism:natural/base"), parse_spec("organism:natural/base+org/x@1")
+    assert adapted == ModelSpec(bare.base, bare.revision, (*bare.adapters, ("org/x", "1")))
+    with pytest.raises(UsageError, match="without empty parts"):
+        parse_spec("organism:natural/base+")
+
+
 @pytest.mark.parametrize("spec", ["", "+", "org/model+", "org/model@", "@v1", "org/model++org/x"])
 def test_a_spec_with_empty_parts_is_a_usage_error(spec):
     with pytest.raises(UsageError, match="expected ID"):

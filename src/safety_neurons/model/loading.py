@@ -123,15 +123,16 @@ def parse_spec(spec: str | Path) -> ModelSpec:
     """Takes `ID[@REVISION][+ADAPTER…]` apart: an existing path wins, otherwise it is split at `+`, then each
     part at `@`.
 
-    `organism:NAME[/STAGE]` is what the organism's record says of that stage; `real:NAME` a checkpoint that
-    ordinary packages carry (`data models`).
+    `organism:NAME[/STAGE]` is what the organism's record says of that stage, before adapters as elsewhere;
+    `real:NAME` a checkpoint that ordinary packages carry (`data models`).
 
     Raises:
         UsageError: An empty part. InputError: No such organism, or none of its stages.
     """
     text = str(spec)
     if text.startswith(ORGANISM):
-        return parse_spec(organism_spec(text.removeprefix(ORGANISM)))
+        stage, plus, adapters = text.removeprefix(ORGANISM).partition("+")
+        return parse_spec(f"{organism_spec(stage)}{plus}{adapters}")
     if text and Path(text).expanduser().exists():
         return ModelSpec(str(Path(text).expanduser()))
     parts = _parts(text)
