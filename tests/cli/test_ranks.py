@@ -35,6 +35,10 @@ def share(scene, rank):
     os.chdir(scene["folder"])
     said = []
     kept = ranks._attempt
+    if scene["dies"][0] >= 0 and not scene["dies"][1]:
+        ranks.PATIENCE = 10.0
+        if rank == scene["dies"][0]:
+            ranks.torch.distributed.init_process_group = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
     def attempt(work, calls=[]):
         calls.append(work)
         if [rank, len(calls)] == scene["dies"]:
@@ -74,7 +78,7 @@ class Scene:
     lines: list[list[str]]
     folder: pathlib.Path
     dies: tuple[int, int] = (-1, 0)
-    """The rank that is killed, at its which share."""
+    """The rank that is killed, at its which share; at 0 while it meets the others."""
 
     def plan(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "folder": str(self.folder), "ports": [port() for _ in self.lines]}
@@ -128,6 +132,7 @@ def scenes(tiny_pair, tmp_path_factory) -> dict[str, Scene]:
         Scene("one", 1, commands, root / "one"),
         Scene("two", 2, commands, root / "two"),
         Scene("wrong", 2, wrong(tiny_pair), root / "wrong"),
+        Scene("meeting", 2, again[:1], root / "meeting", dies=(1, 0)),
         Scene("dying", 2, again[:1], root / "dying", dies=(1, 2)),
         Scene("three", 3, again[:1], root / "dying"),
         Scene("killed", 3, again[1:], root / "killed", dies=(0, 9)),
@@ -196,3 +201,10 @@ def test_another_number_of_processes_goes_on_from_what_a_killed_one_left(scenes,
 def test_what_a_killed_process_kept_aside_is_removed_at_the_next_start(scenes):
     assert [said.code for said in scenes["dying"].said()] == [1]
     assert [*(scenes["dying"].folder.parent / "aside").glob("safety-neurons-*")] == []
+
+
+@pytest.mark.whole
+def test_a_process_that_dies_while_it_meets_the_others_ends_them(scenes):
+    (said,) = scenes["meeting"].said()
+    assert (said.code, said.err.count("\n")) == (1, 1)
+    assert "process 0 of 2 did not meet the others within 10 seconds" in said.err

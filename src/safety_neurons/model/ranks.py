@@ -71,8 +71,9 @@ def join() -> None:
         store.wait(keys, patience)
         places = [store.get(key).decode().partition(" ") for key in keys]
         torch.distributed.init_process_group(
-            "gloo", store=store, rank=rank, world_size=size, timeout=_LONGEST
+            "gloo", store=store, rank=rank, world_size=size, timeout=patience
         )
+        torch.distributed.distributed_c10d._set_pg_timeout(_LONGEST)
     except (RuntimeError, ValueError, OSError) as error:
         raise RunError(
             f"process {rank} of {size} did not meet the others within {PATIENCE:.0f} seconds "
