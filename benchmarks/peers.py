@@ -472,36 +472,36 @@ def tiny(layers: int) -> LanguageModel:
     return LanguageModel(transformers.LlamaForCausalLM(config).eval())
 
 
-def tokens(lm: LanguageModel, options: argparse.Namespace) -> Part:
-    """What a decoding step pays for hooks that set 5 % of the MLP neurons of every layer to zero."""
-    small = tiny(lm.model.config.num_hidden_layers)
-    neurons = patching_cost.chosen_neurons(small, 0.05)
-    chosen = [torch.as_tensor(values) for _, values in neurons.items()]
-    ids = torch.randint(3, 512, (8, 16), generator=torch.Generator().manual_seed(0))
-    layers = range(len(chosen))
-    models = {
-        name: copy.deepcopy(small.model) for name in ("by hand", "nnsight", "TransformerLens", "pyvene")
-    }
+def zeroed(activation: Tensor, index: Tensor) -> Tensor:
+    """The activation with some neurons set to zero in place."""
+    activation[..., index] = 0.0
+    return activation
 
-    def zeroed(activation: Tensor, index: Tensor) -> Tensor:
-        activation[..., index] = 0.0
-        return activation
 
-    def step(call: Callable[..., Any], cache: Any) -> Callable[[], Tensor]:
-        def run() -> Tensor:
-            with torch.no_grad():
-                output = call(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
-            cache.crop(-1)
-            return output if isinstance(output, Tensor) else output.logits
+def decoding_step(call: Callable[..., Any], ids: Tensor) -> Callable[[], Tensor]:
+    """The logits of one more token behind a cache of the prompts, which is as long again afterwards."""
+    cache = transformers.DynamicCache()
+    with torch.no_grad():
+        call(input_ids=ids, past_key_values=cache, use_cache=True)
 
-        return run
-
-    def filled(call: Callable[..., Any]) -> Any:
-        cache = transformers.DynamicCache()
+    def run() -> Tensor:
         with torch.no_grad():
-            call(input_ids=ids, past_key_values=cache, use_cache=True)
-        return cache
+            output = call(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
+        cache.crop(-1)
+        return output if isinstance(output, Tensor) else output.logits
 
+    return run
+
+
+def zeroing(
+    stack: contextlib.ExitStack, model: Any, chosen: Sequence[Tensor], tokenizer: Any
+) -> dict[str, Callable[..., Any]]:
+    """Every tool's call of a copy of the model with some neurons of every layer at zero."""
+    models = {
+        name: copy.deepcopy(model) for name in ("hooks by hand", "nnsight", "TransformerLens", "pyvene")
+    }
+    for layer, index in zip(models["hooks by hand"].model.layers, chosen, strict=True):
+        layer.mlp.down_proj.register_forward_pre_hook(lambda _, args, index=index: (zeroed(args[0], index),))
     traced = nnsight.NNsight(models["nnsight"])
 
     def call_nnsight(**given: Any) -> Any:
@@ -511,49 +511,58 @@ def tokens(lm: LanguageModel, options: argparse.Namespace) -> Part:
             logits = nnsight.save(traced.output.logits)
         return logits  # noqa: RET504 - bound when the trace ends
 
-    lens = bridge(models["TransformerLens"], lm.tokenizer)
-
-    def call_lens(input_ids: Tensor, **given: Any) -> Any:
-        return lens(input_ids, **given)
-
+    lens = bridge(models["TransformerLens"], tokenizer)
+    hooks = [
+        (
+            f"blocks.{layer}.mlp.out.hook_in",
+            lambda activation, hook, index=index: zeroed(activation, index),  # noqa: ARG005
+        )
+        for layer, index in enumerate(chosen)
+    ]
+    stack.enter_context(lens.hooks(fwd_hooks=hooks))
     interventions = intervenable(
         models["pyvene"],
         {
-            f"model.layers[{layer}].mlp.down_proj.input": lambda activation, *_, index=chosen[layer], **__: (
-                zeroed(activation, index)
+            f"model.layers[{layer}].mlp.down_proj.input": lambda activation, *_, index=index, **__: zeroed(
+                activation, index
             )
-            for layer in layers
+            for layer, index in enumerate(chosen)
         },
     )
+    return {
+        "hooks by hand": models["hooks by hand"],
+        "nnsight": call_nnsight,
+        "TransformerLens": lambda input_ids, **given: lens(input_ids, **given),
+        "pyvene": lambda **given: interventions(given)[1],
+    }
 
-    def call_pyvene(**given: Any) -> Any:
-        return interventions(given)[1]
 
+def step_inside(options: argparse.Namespace) -> list[float]:
+    """Milliseconds a token and layer that hooks take within a patched step of SmolLM2."""
+    base, _ = patching_cost.pair_of("ia3", shape_of(options))
+    subject = Subject.of(base)
+    state = StackedPass(subject, subject, indices(subject.anatomy, patching_cost.chosen_neurons(base, 0.05)))
+    ids = torch.randint(3, 1000, (8, options.prompt), generator=torch.Generator().manual_seed(1))
+    with base.active():
+        return hook_cost.step_times(subject, state.editors(), ids, options.repetitions, CLOCKS[options.clock])
+
+
+def tokens(lm: LanguageModel, options: argparse.Namespace) -> Part:
+    """What a decoding step pays for hooks that set 5 % of the MLP neurons of every layer to zero."""
+    small = tiny(lm.model.config.num_hidden_layers)
+    neurons = patching_cost.chosen_neurons(small, 0.05)
+    chosen = [torch.as_tensor(values) for _, values in neurons.items()]
+    ids = torch.randint(3, 512, (8, 16), generator=torch.Generator().manual_seed(0))
     plain = copy.deepcopy(small.model)
-    arms: Arms = {"plain": step(plain, filled(plain)), "plain again": step(plain, filled(plain))}
+    arms: Arms = {"plain": decoding_step(plain, ids), "plain again": decoding_step(plain, ids)}
     with contextlib.ExitStack() as stack:
+        tools = zeroing(stack, small.model, chosen, lm.tokenizer)
         stack.enter_context(patched(small, None, neurons, mode="zero"))
-        arms["ours"] = step(small.model, filled(small.model))
-        for layer, index in zip(models["by hand"].model.layers, chosen, strict=True):
-            layer.mlp.down_proj.register_forward_pre_hook(
-                lambda _, args, index=index: (zeroed(args[0], index),)
-            )
-        arms["hooks by hand"] = step(models["by hand"], filled(models["by hand"]))
-        arms["nnsight"] = step(call_nnsight, filled(call_nnsight))
-        hooks = [
-            (
-                f"blocks.{layer}.mlp.out.hook_in",
-                lambda activation, hook, index=chosen[layer]: zeroed(activation, index),  # noqa: ARG005
-            )
-            for layer in layers
-        ]
-        stack.enter_context(lens.hooks(fwd_hooks=hooks))
-        arms["TransformerLens"] = step(call_lens, filled(call_lens))
-        arms["pyvene"] = step(call_pyvene, filled(call_pyvene))
+        arms["ours"] = decoding_step(small.model, ids)
+        arms |= {name: decoding_step(call, ids) for name, call in tools.items()}
         truth = arms["ours"]()
         differences = {
-            name: agree(name, float((arms[name]() - truth).abs().max() / truth.abs().max()))
-            for name in ("hooks by hand", "nnsight", "TransformerLens", "pyvene")
+            name: agree(name, float((arms[name]() - truth).abs().max() / truth.abs().max())) for name in tools
         }
         if torch.equal(truth, arms["plain"]()):
             raise ValueError("the edit changed no logit, expected other ones; nothing would be compared")
@@ -562,23 +571,16 @@ def tokens(lm: LanguageModel, options: argparse.Namespace) -> Part:
         Row(
             f"per decoded token and layer, {name}, step of a tiny model − plain",
             median(
-                [1000 * (b - a) / len(layers) for a, b in zip(seconds["plain"], seconds[name], strict=True)]
+                [1000 * (b - a) / len(chosen) for a, b in zip(seconds["plain"], seconds[name], strict=True)]
             ),
             0.05 if name == "ours" else None,
             "ms",
         )
-        for name in ("ours", "hooks by hand", "nnsight", "TransformerLens", "pyvene", "plain again")
+        for name in ("ours", *tools, "plain again")
     ]
-    base, _ = patching_cost.pair_of("ia3", shape_of(options))
-    subject = Subject.of(base)
-    state = StackedPass(subject, subject, indices(subject.anatomy, patching_cost.chosen_neurons(base, 0.05)))
-    long = torch.randint(3, 1000, (8, options.prompt), generator=torch.Generator().manual_seed(1))
-    with base.active():
-        inside = hook_cost.step_times(
-            subject, state.editors(), long, options.repetitions, CLOCKS[options.clock]
-        )
+    inside = median(step_inside(options))
     rows.append(
-        Row("per decoded token and layer, ours, inside a patched step of SmolLM2", median(inside), 0.05, "ms")
+        Row("per decoded token and layer, ours, inside a patched step of SmolLM2", inside, 0.05, "ms")
     )
     return Part(rows, {"seconds": medians(seconds), "differences": differences})
 

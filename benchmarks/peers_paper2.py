@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 Clock = Callable[[], float]
 
@@ -62,8 +63,8 @@ class Paper2:
         index = torch.cat(
             [torch.stack([torch.full_like(each, layer), each], 1) for layer, each in enumerate(chosen)]
         )
-        torch.save({"index": index, "ids": ids, "new": new}, folder / "work.pt")
-        words = [where[0], __file__, where[1], str(folder)]
+        save_file({"index": index, "ids": ids}, folder / "work.safetensors")
+        words = [where[0], __file__, where[1], str(folder), str(new)]
         with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
             try:
                 yield cls(process, folder)
@@ -90,13 +91,13 @@ class Paper2:
         raise RuntimeError("the public code ended before it answered, expected token ids; its error is above")
 
 
-def serve(checkout: str, folder: pathlib.Path) -> None:
+def serve(checkout: str, folder: pathlib.Path, new: int) -> None:
     """Answer what is asked on standard input."""
     sys.path.insert(0, checkout)
     from src.models.HookedLlama import HookedLlamaForCausalLM
 
     torch.set_num_threads(1)
-    work = torch.load(folder / "work.pt")
+    work = load_file(folder / "work.safetensors")
     models = []
     for name in ("base", "aligned"):
         model = HookedLlamaForCausalLM.from_pretrained(folder / name, torch_dtype=torch.float32).eval()
@@ -113,8 +114,8 @@ def serve(checkout: str, folder: pathlib.Path) -> None:
             written = models[0].generate(
                 work["ids"],
                 attention_mask=torch.ones_like(work["ids"]),
-                max_new_tokens=work["new"],
-                min_new_tokens=work["new"],
+                max_new_tokens=new,
+                min_new_tokens=new,
                 do_sample=False,
                 pad_token_id=0,
                 **(guided if line.strip() == "patched" else {}),
@@ -123,4 +124,4 @@ def serve(checkout: str, folder: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], pathlib.Path(sys.argv[2]))
+    serve(sys.argv[1], pathlib.Path(sys.argv[2]), int(sys.argv[3]))

@@ -12,6 +12,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ import torch
 from running import Outcome
 
 import every_verb
+from safety_neurons.cli import processes
 
 PROGRAM = """
 import gc, json, os, pathlib, signal, sys
@@ -208,3 +210,14 @@ def test_a_process_that_dies_while_it_meets_the_others_ends_them(scenes):
     (said,) = scenes["meeting"].said()
     assert (said.code, said.err.count("\n")) == (1, 1)
     assert "process 0 of 2 did not meet the others within 10 seconds" in said.err
+
+
+def test_a_run_beside_the_folders_of_killed_processes_is_never_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for name in ("mine", "left"):
+        (tmp_path / f"safety-neurons-{name}").mkdir()
+        (tmp_path / f"safety-neurons-{name}" / "run.json").write_text("{}")
+    (tmp_path / "safety-neurons-left" / processes._ASIDE).touch()
+    processes._remove_left()
+    assert [path.name for path in tmp_path.iterdir()] == ["safety-neurons-mine"]
+    assert [path.name for path in (tmp_path / "safety-neurons-mine").iterdir()] == ["run.json"]

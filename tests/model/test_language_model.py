@@ -1,4 +1,5 @@
 import copy
+import types
 import warnings
 
 import pytest
@@ -425,5 +426,6 @@ def test_the_memory_of_earlier_tokens_goes_by_the_name_of_this_transformers_and_
     assert (
         cache_in(transformers.utils.ModelOutput({name: torch.ones(1), "logits": torch.ones(1)})) is not None
     )
+    assert cache_in(types.SimpleNamespace(**{name: "kept"})) == "kept"
     assert cache_in({name: None}) is cache_in((1, 2)) is None
     assert without_cache({name: "kept", "use_cache": True}) == {"use_cache": True}

@@ -28,6 +28,8 @@ _OWN: list[Any] = []
 _PLACES: list[str] = []
 """Temporary folders to remove."""
 _PLACE = "safety-neurons-"
+_ASIDE = ".aside"
+"""Marks such a folder: nothing else is ever removed, whatever it is called."""
 
 
 def launched() -> int:
@@ -139,7 +141,8 @@ def folder(opened: Callable[[pathlib.Path], Any], out: Callable[[], pathlib.Path
     place = pathlib.Path(tempfile.mkdtemp(prefix=_PLACE))
     _PLACES.append(str(place))
     lock = Lock(place)
-    lock.take()  # Before anything lies in it: what has no holder is removed.
+    lock.take()  # Before it is marked: what is marked and has no holder is removed.
+    (place / _ASIDE).touch()
     for name, content in files.items():
         file = place / name
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -151,12 +154,12 @@ def folder(opened: Callable[[pathlib.Path], Any], out: Callable[[], pathlib.Path
 
 def _remove_left() -> None:
     """Remove the temporary folders that killed processes left."""
-    from safety_neurons.results.run import RECORD, Lock
+    from safety_neurons.results.run import Lock
 
     for left in pathlib.Path(tempfile.gettempdir()).glob(f"{_PLACE}*"):
         lock = Lock(left)
         with contextlib.suppress(RunError, OSError):  # A process works in it, or it has just gone.
-            if (left / RECORD).is_file():
+            if (left / _ASIDE).is_file():
                 lock.take()
                 if not lock.notes:
                     shutil.rmtree(left, ignore_errors=True)

@@ -27,8 +27,8 @@ def cache_name(model: Any) -> str:
 
 def cache_in(given: Any) -> Any:
     """The memory of earlier tokens among arguments by name, or in a model's output; None without one."""
-    named = given if isinstance(given, Mapping) else {}
-    return next((named[name] for name in _CACHES if named.get(name) is not None), None)
+    read = given.get if isinstance(given, Mapping) else lambda name: getattr(given, name, None)
+    return next((cache for name in _CACHES if (cache := read(name)) is not None), None)
 
 
 def without_cache(given: Mapping[str, Any]) -> dict[str, Any]:
