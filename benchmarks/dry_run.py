@@ -1,10 +1,11 @@
 """`--dry-run` against what is then measured: peak memory, disk and processor time of `find` on real models.
 
     python benchmarks/dry_run.py --models real:smollm2-135m-instruct,real:qwen2.5-coder-0.5b-instruct
+    python benchmarks/dry_run.py --shapes      # plans of a 70B and of a 235B-A22B, by their configurations
 
-Every search runs in a process of its own, after its own dry run there, so that libraries are imported and the
-rate of the machine is known. Memory is the largest resident size above the one at the start; time is of the
-processor, since other programs may run beside it.
+Every dry run and every search runs in a process of its own. Memory is the largest resident size above the one
+when libraries are imported; time is of the processor, from the start of Python on, since other programs may
+run beside it.
 """
 
 import argparse
@@ -20,6 +21,8 @@ import time
 from typing import Any
 
 RESULT = pathlib.Path(__file__).parent / "results" / "dry_run.json"
+LABELLED = ("--unsafe", "builtin:harmful", "--safe", "builtin:harmless")
+COMPARED = ("memory_bytes", "disk_bytes", "seconds")
 METHODS = {"importance": (), "contrast": ("--max-new-tokens", "16")}
 
 
@@ -46,34 +49,85 @@ def called(words: list[str]) -> dict[str, Any]:
     return found
 
 
-def measured(method: str, model: str, limit: int) -> dict[str, Any]:
-    """A dry run and the run itself, in this process."""
-    import transformers
-
+def words_of(method: str, model: str, limit: int) -> list[str]:
+    """The command of a search."""
     named = ["--base", model, "--aligned", model] if method == "contrast" else ["--model", model]
-    words = ["find", method, *named, *METHODS[method], "--limit", str(limit), "--device", "cpu"]
-    plan = called([*words, "--dry-run"])
-    _ = transformers.AutoModelForCausalLM, transformers.AutoTokenizer
+    return ["find", method, *named, *METHODS[method], "--limit", str(limit), "--device", "cpu"]
+
+
+def measured(words: list[str]) -> dict[str, Any]:
+    """The run itself, in this process."""
+    from safety_neurons.model.outline import outlines
+
+    outlines([words[3]], device="cpu")  # imports what is imported anyway, which is no memory of the run
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     before = status("VmRSS")
     pathlib.Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    started, clock = time.process_time(), time.perf_counter()
+    clock = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         called([*words, "--out", folder + "/run"])
         disk = sum(file.stat().st_size for file in pathlib.Path(folder).rglob("*") if file.is_file())
-    real = {
+    return {
         "memory_bytes": status("VmHWM") - before,
         "disk_bytes": disk,
-        "seconds": time.process_time() - started,
+        "seconds": time.process_time(),
         "wall_seconds": time.perf_counter() - clock,
     }
-    return {
-        "what": f"find {method}, {limit} prompts",
-        "model": model,
-        "plan": plan,
-        "measured": real,
-        "ratios": {name: plan[name] / real[name] for name in ("memory_bytes", "disk_bytes", "seconds")},
-    }
+
+
+def alone(words: list[str], *, plan: bool) -> dict[str, Any]:
+    """What a process of its own plans, or measures."""
+    call = [sys.executable, __file__, "--plan" if plan else "--run", json.dumps(words)]
+    done = subprocess.run(call, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.stderr[-2000:] + done.stdout[-2000:])
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def planned_shapes() -> list[dict[str, Any]]:
+    """Plans of verbs for two large public shapes: a hundredth of the neurons, built-in prompts."""
+    from safety_neurons.model.outline import outlines
+    from safety_neurons.neurons import NeuronSet
+
+    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "tests"))
+    from model.test_cost import LLAMA_70B, QWEN_235B
+
+    rows = []
+    with tempfile.TemporaryDirectory() as place:
+        for name, config in (("70B", LLAMA_70B), ("235B-A22B", QWEN_235B)):
+            one, other = (pathlib.Path(place) / f"{name}{which}" for which in ("", "-other"))
+            for folder in (one, other):
+                folder.mkdir()
+                (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+            [outline], _ = outlines([one])
+            sizes = {key: size for key, size in outline.table.sizes.items() if key in outline.anatomy.places}
+            members = {key: range(max(1, size // 100)) for key, size in sizes.items()}
+            neurons = f"{place}/{name}.safetensors"
+            NeuronSet(members, outline.table).save(neurons)
+            for what, words in {
+                "find importance": ["--model", str(one)],
+                "find contrast": ["--base", str(one), "--aligned", str(other)],
+                "verify deactivate": ["--model", str(one), "--neurons", neurons],
+                "tune": ["--model", str(one), "--neurons", neurons],
+                "guard fit": ["--model", str(one), "--neurons", neurons, *LABELLED],
+            }.items():
+                plan = alone([*what.split(), *words, "--device", "cpu"], plan=True)
+                rows.append({"what": what, "model": name, "plan": plan})
+                print(
+                    what, name, {key: f"{plan[key]:.3g}" for key in ("memory_bytes", "disk_bytes", "flops")}
+                )
+    return rows
+
+
+def kept_with(rows: list[dict[str, Any]], file: pathlib.Path) -> None:
+    """Write the rows in the place of what the record says of the same."""
+    before = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.is_file() else []
+    mine = {(row["what"], row["model"]) for row in rows}
+    kept = [row for row in before if (row["what"], row["model"]) not in mine]
+    kept = sorted(kept + rows, key=lambda row: (row["model"], row["what"]))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"benchmark": "dry_run", "rows": kept}, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -83,29 +137,25 @@ def main() -> None:
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--limit", type=int, default=8)
     parser.add_argument("--out", type=pathlib.Path, default=RESULT)
-    parser.add_argument("--one", nargs=2, metavar=("METHOD", "MODEL"), help=argparse.SUPPRESS)
+    parser.add_argument("--shapes", action="store_true", help="plan the large shapes, measure nothing")
+    parser.add_argument("--plan", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--run", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.one:
-        print(json.dumps(measured(*options.one, options.limit)))
+    if options.plan or options.run:
+        print(json.dumps(called([*options.plan, "--dry-run"]) if options.plan else measured(options.run)))
         return
-    rows = []
+    if options.shapes:
+        kept_with(planned_shapes(), options.out)
+        return
     for model in options.models.split(","):
         for method in options.methods.split(","):
-            words = [sys.executable, __file__, "--one", method, model, "--limit", str(options.limit)]
-            done = subprocess.run(words, capture_output=True, text=True, check=False)
-            if done.returncode:
-                sys.exit(done.stderr[-2000:] + done.stdout[-2000:])
-            rows.append(json.loads(done.stdout.strip().splitlines()[-1]))
-            ratios = {name: round(value, 2) for name, value in rows[-1]["ratios"].items()}
-            print(rows[-1]["what"], model, ratios)
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            there = options.out.is_file()
-            kept = json.loads(options.out.read_text(encoding="utf-8"))["rows"] if there else []
-            mine = {(row["what"], row["model"]) for row in rows}
-            kept = [row for row in kept if (row["what"], row["model"]) not in mine]
-            kept = sorted(kept + rows, key=lambda row: (row["model"], row["what"]))
-            record = {"benchmark": "dry_run", "rows": kept}
-            options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            words = words_of(method, model, options.limit)
+            plan, real = alone(words, plan=True), alone(words, plan=False)
+            ratios = {name: plan[name] / real[name] for name in COMPARED}
+            what = f"find {method}, {options.limit} prompts"
+            row = {"what": what, "model": model, "plan": plan, "measured": real, "ratios": ratios}
+            kept_with([row], options.out)
+            print(what, model, {name: round(value, 2) for name, value in ratios.items()})
 
 
 if __name__ == "__main__":

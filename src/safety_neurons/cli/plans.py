@@ -6,6 +6,7 @@ folder with a config.json is enough.
 """
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,7 @@ def plan(session: Session) -> dict[str, Any]:
     session.foresee()
     planner = Planner(session)
     works = planner.works()
+    started = time.process_time()  # Python, libraries and the configuration: the run needs them too
     found = cost(
         planner.outline,
         works,
@@ -50,6 +52,7 @@ def plan(session: Session) -> dict[str, Any]:
         truncated=planner.truncated,
         notes=planner.notes,
     )
+    found = dataclasses.replace(found, seconds=started + found.seconds)
     if not session.common.json:
         console.say(str(found))
     return {**dataclasses.asdict(found), "memory_bytes": found.memory_bytes, "fits": found.fits}

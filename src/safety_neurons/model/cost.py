@@ -1,13 +1,11 @@
 """What a run needs, from the shapes of its models alone: memory, arithmetic, time and disk.
 
 Nothing is loaded. Memory is what the run adds to the process; time is the number of floating-point operations
-divided by the rate at which this machine multiplies matrices of the model's size, measured for a moment.
+divided by the rate at which this machine runs a layer of the model, measured for a moment.
 """
 
-import functools
 import math
 import os
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -16,6 +14,7 @@ import torch
 from safety_neurons.model.batches import BatchSize, plan, token_budget
 from safety_neurons.model.language_model import LanguageModel
 from safety_neurons.model.outline import Outline
+from safety_neurons.model.pace import Throughput, attended_in
 from safety_neurons.model.passes import LOGIT_BYTES
 from safety_neurons.model.proof import ROWS_AT_ONCE, TOKENS
 from safety_neurons.model.sites import AttentionAnatomy
@@ -236,11 +235,13 @@ def cost(
     probing = _probe_tokens(outline)
     at_probe = probing * (2 * outline.decoder_parameters + 2 * outline.n_ids * outline.hidden / TOKENS)
     flops = at_probe + sum(read + written for read, written in counted)
-    widest = max((one.rows * one.width for one in sizes), default=1)
-    many = rate(outline, min(512, max(1, widest)))
-    seconds = (at_probe + sum(read for read, _ in counted)) / many
+    widest = max(sizes, key=lambda one: one.rows * one.width, default=_Sizes())
+    rate = Throughput(outline)
+    many = rate(widest.rows, widest.width)
+    seconds = at_probe / rate(min(ROWS_AT_ONCE, _probe_keys(outline)), TOKENS)
+    seconds += sum(read for read, _ in counted) / many
     for one, (_, written) in zip(sizes, counted, strict=True):
-        seconds += written / rate(outline, max(1, one.rows)) if written else 0.0
+        seconds += written / rate(one.rows, 1, one.width) if written else 0.0
     working = max((8 * work.statistics * work.neurons for work in works), default=0)
     return CostEstimate(
         parameters=outline.n_parameters,
@@ -268,7 +269,7 @@ def cost(
         steps=tuple(
             _said(work, read + written, flops) for work, (read, written) in zip(works, counted, strict=True)
         ),
-        notes=tuple(dict.fromkeys((*outline.notes, *notes))),
+        notes=tuple(dict.fromkeys((*outline.notes, *notes, *rate.notes))),
     )
 
 
@@ -359,19 +360,16 @@ def _forward(outline: Outline, length: int) -> float:
     return length * (2 * outline.decoder_parameters + _attended(outline, length))
 
 
-def _attentions(outline: Outline) -> Iterator[tuple[AttentionAnatomy, int | None]]:
-    """The attention of every layer that has one, with how far back it looks."""
-    for layer, window in zip(outline.anatomy.layers, outline.windows, strict=True):
+def _attentions(outline: Outline) -> Iterator[AttentionAnatomy]:
+    """The attention of every layer that has one."""
+    for layer in outline.anatomy.layers:
         if layer.attention is not None:
-            yield layer.attention, window
+            yield layer.attention
 
 
 def _attended(outline: Outline, length: float | int) -> float:
     """Operations a token of scores and mixtures of all layers, half of the keys being hidden on average."""
-    return sum(
-        2.0 * part.n_heads * part.head_dim * min(length, 2 * (window or length))
-        for part, window in _attentions(outline)
-    )
+    return sum(attended_in(outline, layer, length) for layer in outline.anatomy.layers)
 
 
 def _exact_operations(outline: Outline, length: int) -> float:
@@ -380,7 +378,7 @@ def _exact_operations(outline: Outline, length: int) -> float:
     """
     return sum(
         2.0 * part.n_heads * part.head_dim**2 * (length**2 + 2 * length * part.head_dim)
-        for part, _ in _attentions(outline)
+        for part in _attentions(outline)
     )
 
 
@@ -390,7 +388,7 @@ def _exact_bytes(outline: Outline, longest: int, short: int, together: int) -> i
     """
     factors = states = 0
     wide = max(outline.itemsize, 4)
-    for part, _ in _attentions(outline):
+    for part in _attentions(outline):
         mixed = part.n_heads * part.head_dim
         factors += wide * (mixed**2 // part.n_kv_heads + part.n_heads * part.head_dim**2)
         at_once = together if longest <= short else 1
@@ -416,7 +414,7 @@ def layer_width(outline: Outline) -> int:
 def cache_width(outline: Outline) -> int:
     """Numbers that keys and values of a token take in all layers."""
     return sum(
-        part.places[site].size for part, _ in _attentions(outline) for site in "kv" if site in part.places
+        part.places[site].size for part in _attentions(outline) for site in "kv" if site in part.places
     )
 
 
@@ -436,33 +434,6 @@ def _probe_bytes(outline: Outline) -> int:
     rows = min(_probe_keys(outline), ROWS_AT_ONCE) + 2
     effect = rows * outline.n_ids * outline.itemsize + rows * TOKENS * layer_width(outline) * outline.itemsize
     return max(effect, 2 * TOKENS * (outline.n_ids + sum(outline.table.sizes.values())) * outline.itemsize)
-
-
-@functools.cache
-def _rate(rows: int, inner: int, outer: int, dtype: str, device: str) -> float:
-    left = torch.rand(rows, inner, dtype=getattr(torch, dtype), device=device)
-    right = torch.rand(outer, inner, dtype=getattr(torch, dtype), device=device)
-    # On a processor its own time counts, whatever else runs on the machine.
-    clock, threads = (time.perf_counter, 1) if left.is_cuda else (time.process_time, torch.get_num_threads())
-    best = math.inf
-    with torch.no_grad():
-        for _ in range(4):
-            start = clock()
-            torch.nn.functional.linear(left, right)
-            if left.is_cuda:
-                torch.cuda.synchronize(left.device)
-            best = min(best, (clock() - start) / threads)
-    return 2 * rows * inner * outer / max(best, 1e-9)
-
-
-def rate(outline: Outline, rows: int) -> float:
-    """Floating-point operations a second of this machine's device, on matrices of the model's width and so
-    many rows: the best of four products, which take a second at most.
-    """
-    inner = min(outline.hidden, 4096)
-    outer = min(2**24 // inner, 4 * inner)
-    few = 1 << (max(1, rows) - 1).bit_length()
-    return _rate(min(few, 512), inner, outer, outline.dtype, str(outline.device))
 
 
 def memory_of(device: torch.device) -> int:

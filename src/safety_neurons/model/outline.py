@@ -15,7 +15,7 @@ from safety_neurons.model.anatomy import resolve
 from safety_neurons.model.language_model import LanguageModel
 from safety_neurons.model.loading import without_weights
 from safety_neurons.model.placement import Placement
-from safety_neurons.model.sites import Anatomy, count_parameters, unwrapped
+from safety_neurons.model.sites import Anatomy, LayerAnatomy, count_parameters, unwrapped
 from safety_neurons.model.template import Prompting, Template, encode_text, template_for
 from safety_neurons.neurons import SiteTable
 from safety_neurons.prompt_lists import Prompts
@@ -118,12 +118,17 @@ class Outline:
     @functools.cached_property
     def idle_parameters(self) -> int:
         """Parameters of routed experts that a token does not pass."""
-        idle = 0.0
-        for layer in self.anatomy.layers:
-            if layer.experts is not None:
-                held = sum(parameter.numel() for parameter in layer.experts.module.parameters())
-                idle += held * (1 - min(1.0, self.experts_per_token / layer.experts.n_experts))
-        return round(idle)
+        return sum(self._idle_in(layer) for layer in self.anatomy.layers)
+
+    def _idle_in(self, layer: LayerAnatomy) -> int:
+        if layer.experts is None:
+            return 0
+        held = sum(parameter.numel() for parameter in layer.experts.module.parameters())
+        return round(held * (1 - min(1.0, self.experts_per_token / layer.experts.n_experts)))
+
+    def passed_in(self, layer: LayerAnatomy) -> int:
+        """Parameters of a layer that a token passes."""
+        return sum(parameter.numel() for parameter in layer.module.parameters()) - self._idle_in(layer)
 
     @property
     def experts_per_token(self) -> int:

@@ -1,0 +1,91 @@
+"""Layers that are timed from a shape alone: which families can, what is counted, and that nothing else is
+touched.
+"""
+
+import pathlib
+from typing import Any
+
+import pytest
+import torch
+
+from families import FAMILIES, MOE_FAMILIES, build
+from safety_neurons.errors import UnsupportedModelError
+from safety_neurons.model import pace
+from safety_neurons.model.anatomy import resolve
+from safety_neurons.model.outline import outlines
+from safety_neurons.model.pace import Throughput, TimedLayers, attended_in
+from tiny import tiny_llama, tiny_llama_folder
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("family", FAMILIES + MOE_FAMILIES)
+def test_the_layers_of_every_family_read_and_decode_by_themselves(family: str) -> None:
+    with torch.device("meta"):
+        model = build(family)
+    layers = TimedLayers(resolve(model), torch.float32, CPU)
+    assert layers.seconds(2, 5) > 0
+    assert layers.seconds(2, 1, held=4) > 0
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_a_layer_is_what_two_take_beyond_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = TimedLayers(resolve(tiny_llama(num_hidden_layers=5)), torch.float32, CPU)
+    calls: list[Any] = []
+
+    def took(action: Any, device: torch.device) -> float:
+        before = len(calls)
+        handles = [
+            module.register_forward_hook(lambda *_: calls.append(1))
+            for module in layers._layers._modules.values()
+        ]
+        action()
+        for handle in handles:
+            handle.remove()
+        return 10.0 + len(calls) - before  # ten of what is no layer's
+
+    monkeypatch.setattr(pace, "_timed", took)
+    monkeypatch.setattr(pace, "LEAST_SECONDS", 1e-9)
+    assert layers.seconds(3, 4) == max(1.0, 12 / 4)  # never below a quarter, whatever the clock says
+    monkeypatch.setattr(pace, "_timed", lambda action, device: took(action, device) - 10)
+    assert layers.seconds(3, 4) == 1.0
+    assert len(layers._layers._modules) == 2
+
+
+def test_operations_of_the_rate_are_those_of_the_layer(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [outline], _ = outlines([tiny_llama_folder(tmp_path / "model")])
+    layer = outline.anatomy.layers[1]
+    passed = sum(parameter.numel() for parameter in layer.module.parameters())
+    assert outline.passed_in(layer) == passed
+    assert outline.decoder_parameters == sum(map(outline.passed_in, outline.anatomy.layers)) + outline.hidden
+    monkeypatch.setattr(TimedLayers, "seconds", lambda self, rows, tokens, held=0: 2.0)
+    heads, wide = layer.attention.n_heads, layer.attention.head_dim  # type: ignore[union-attr]
+    assert attended_in(outline, layer, 7) == 2 * heads * wide * 7
+    assert Throughput(outline)(3, 7) == 3 * 7 * (2 * passed + 2 * heads * wide * 7) / 2
+    assert Throughput(outline)(3, 1, 8) == 3 * (2 * passed + 2 * heads * wide * 17) / 2
+
+
+@pytest.mark.parametrize("broken", ["large", "alone"])
+def test_a_rate_that_is_of_products_alone_says_so(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    [outline], _ = outlines([tiny_llama_folder(tmp_path / "model")])
+    if broken == "large":
+        monkeypatch.setattr(pace, "MOST_BYTES", 10)
+    else:
+        monkeypatch.setattr(pace.TimedLayers, "_timed", lambda *_: {}["needs more"])
+    rate = Throughput(outline)
+    assert rate(2, 3) > 0
+    assert "products of matrices alone, a lower bound" in rate.notes[0]
+    with pytest.raises(UnsupportedModelError):
+        TimedLayers(outline.anatomy, torch.float32, CPU).seconds(2, 3)
+
+
+def test_the_numbers_that_others_draw_stay_the_same() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    TimedLayers(resolve(tiny_llama()), torch.float32, CPU).seconds(1, 2)
+    assert torch.equal(torch.rand(2), expected)
