@@ -21,6 +21,8 @@ import time
 from typing import Any
 
 RESULT = pathlib.Path(__file__).parent / "results" / "dry_run.json"
+GPU_RATE = 3e14
+"""Operations a second that plans take for granted: a third of what an H100's sheet says of bfloat16."""
 LABELLED = ("--unsafe", "builtin:harmful", "--safe", "builtin:harmless")
 COMPARED = ("memory_bytes", "disk_bytes", "seconds")
 METHODS = {"importance": (), "contrast": ("--max-new-tokens", "16")}
@@ -120,6 +122,26 @@ def planned_shapes() -> list[dict[str, Any]]:
     return rows
 
 
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Lines of docs/scale.md: plans of the shapes, and plans beside what was measured."""
+    lines = []
+    for row in rows:
+        plan, name = row["plan"], f"| {row['model'].removeprefix('real:')} | {row['what']} |"
+        if "measured" in row:
+            ratios = [f"{row['ratios'][key]:.2f}" for key in COMPARED]
+            both = f"{plan['memory_bytes'] / 1e6:,.0f} ÷ {row['measured']['memory_bytes'] / 1e6:,.0f} MB"
+            lines.append(f"{name} {both} = {ratios[0]} | {ratios[1]} | {ratios[2]} |")
+            continue
+        parts = ("activations_bytes", "cache_bytes", "logits_bytes", "statistics_bytes")
+        beside = sum(plan[key] for key in parts)
+        gigabytes = [f"{size / 1e9:,.1f}" for size in (plan["weights_bytes"], beside, plan["memory_bytes"])]
+        kept = [f"{plan[key] / 1e6:,.0f}" for key in ("disk_bytes", "working_disk_bytes")]
+        minutes = plan["flops"] / GPU_RATE / 60
+        cells = [*gigabytes, f"{plan['flops'] / 1e15:.2f}", f"{minutes:.1f}", *kept]
+        lines.append(" | ".join([name.removesuffix(" |"), *cells]) + " |")
+    return lines
+
+
 def kept_with(rows: list[dict[str, Any]], file: pathlib.Path) -> None:
     """Write the rows in the place of what the record says of the same."""
     before = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.is_file() else []
@@ -138,11 +160,15 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=8)
     parser.add_argument("--out", type=pathlib.Path, default=RESULT)
     parser.add_argument("--shapes", action="store_true", help="plan the large shapes, measure nothing")
+    parser.add_argument("--table", action="store_true", help="print the tables of docs/scale.md")
     parser.add_argument("--plan", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--run", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.plan or options.run:
         print(json.dumps(called([*options.plan, "--dry-run"]) if options.plan else measured(options.run)))
+        return
+    if options.table:
+        print("\n".join(table(json.loads(options.out.read_text(encoding="utf-8"))["rows"])))
         return
     if options.shapes:
         kept_with(planned_shapes(), options.out)

@@ -1,17 +1,31 @@
-"""docs/performance.md against the committed records of its measurements."""
+"""docs/performance.md and docs/scale.md against the committed records of their measurements."""
 
 import importlib.util
+import json
 import pathlib
 import re
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
+def module_of(name: str):
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / "benchmarks" / f"{name}.py")
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
+def test_plans_of_the_page_are_those_of_the_record():
+    dry_run = module_of("dry_run")
+    lines = dry_run.table(json.loads(dry_run.RESULT.read_text(encoding="utf-8"))["rows"])
+    page = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) >= 14
+    assert set(lines) <= set(page)
+
+
 def test_measured_rows_of_the_page_are_those_of_the_records_and_no_peer_is_left_out(monkeypatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    spec = importlib.util.spec_from_file_location("benchmark_tables", ROOT / "benchmarks" / "run.py")
-    run = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(run)
+    run = module_of("run")
     own = set(run.table(run.RESULTS).splitlines()[2:])
     peers = set(run.table(run.RESULTS / "peers", run.PEERS).splitlines()[2:])
     page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8").splitlines()

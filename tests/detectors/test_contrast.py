@@ -6,6 +6,7 @@ import pytest
 import torch
 from twins import PROMPTS, adapted, model, separate, untouched
 
+from families import build
 from safety_neurons.detectors import contrast as module
 from safety_neurons.detectors import find_contrast
 from safety_neurons.detectors.text import cut_at_end, span
@@ -400,3 +401,24 @@ def test_contrast_of_routed_experts_counts_tokens_that_both_models_route_to_them
     assert set(whole.keys()) == set(base.table.select(sites=("down",)).sizes)
     for key, values in whole.items():
         np.testing.assert_allclose(single[key], values, rtol=0, atol=1e-5 * max(values.max(), 1e-6))
+
+
+def test_the_budget_counts_of_routed_experts_the_tokens_that_they_get(monkeypatch):
+    base, aligned = (LanguageModel(build("qwen3_moe", seed=seed), tiny_tokenizer()) for seed in (0, 1))
+    anatomy = base.anatomy
+    sites = ("gate", "up", "down")
+    searched = base.table.select(sites=sites).sizes
+    longest = max(len(one.ids) for one in base.encode(PROMPTS))
+    room = 4 * longest * sum(size * anatomy.share_of_tokens(key) for key, size in searched.items())
+    assert room < 4 * longest * sum(searched.values()) / 1.5
+    calls: list[int] = []
+    own = module._compare
+    monkeypatch.setattr(module, "MEMORY_BUDGET", int(room) + 1)
+    monkeypatch.setattr(module, "_compare", lambda *given: (calls.append(len(given[4])), own(*given))[1])
+    found = find_contrast(base, aligned, PROMPTS, positions="prompt", sites=sites, batch_size=1, count=5)
+    assert calls == [len(searched)] * len(PROMPTS)
+    monkeypatch.setattr(module, "MEMORY_BUDGET", 1)
+    for key, values in find_contrast(
+        base, aligned, PROMPTS, positions="prompt", sites=sites, batch_size=1, count=5
+    ).scores.items():
+        np.testing.assert_array_equal(values, found.scores[key])

@@ -278,3 +278,23 @@ def test_rows_of_experts_say_token_weight_and_expert(moe_family: str, implementa
         assert torch.equal(mine.values, rows.values[where])
         assert torch.equal(mine.token_index, rows.token_index[where])
         assert torch.equal(mine.weight, rows.weight[where])
+
+
+@pytest.mark.parametrize("name", MOE_FAMILIES)
+def test_experts_of_a_layer_get_as_many_rows_as_tokens_are_sent_to_experts(name: str) -> None:
+    anatomy = resolve(build(name))
+    layers = [layer for layer in anatomy.layers if layer.experts is not None]
+    rows: dict[int, int] = {}
+
+    def count(layer: int):
+        return lambda values: rows.update({layer: rows.get(layer, 0) + len(values)})
+
+    ids = random_ids((2, 7))
+    with reading(anatomy, {f"layers.{one.index}.experts.*.down": count(one.index) for one in layers}):
+        logits(anatomy, ids)
+    assert set(rows.values()) == {ids.numel() * anatomy.experts_per_token}
+    for layer in layers:
+        experts = layer.experts.n_experts  # type: ignore[union-attr]
+        share = anatomy.share_of_tokens(f"layers.{layer.index}.experts.0.down")
+        assert share == pytest.approx(anatomy.experts_per_token / experts)
+    assert anatomy.share_of_tokens(next(iter(anatomy.places))) == 1

@@ -211,6 +211,9 @@ class Planner:
                 backward=passes > 1 and method.NAME != "heads",
                 exact=(SHORT, AT_ONCE) if exact and {"q", "k"} & set(method.searched) else None,
                 neurons=sum(searched.values()),
+                active=sum(
+                    size * self.outline.anatomy.share_of_tokens(key) for key, size in searched.items()
+                ),
                 statistics=method.STATISTICS,
                 kept=MEMORY_BUDGET if method.NAME == "contrast" else 0,
             )

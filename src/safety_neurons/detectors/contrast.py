@@ -100,16 +100,18 @@ def contrast_statistics(run: Run, text: Texts) -> tuple[ContrastStatistics, Fold
     Returns:
         The statistics, and what became of the prompts (with their votes, where they vote).
     """
-    base, aligned, sizes, budget = run.base, run.aligned, run.sizes, MEMORY_BUDGET
+    base, aligned, budget = run.base, run.aligned, MEMORY_BUDGET
+    kept = {key: size * base.anatomy.share_of_tokens(key) for key, size in run.sizes.items()}
 
     def reduce(batch: Batch) -> BatchSums:
         spans = [text.spans[index] for index in batch.indices]
         added = BatchSums(scores=[{} for _ in spans] if run.votes else [])
-        for keys in _chunks(sizes, sum(span.n_tokens for span in spans) * _row_bytes(base), budget):
+        for keys in _chunks(kept, sum(span.n_tokens for span in spans) * _row_bytes(base), budget):
             _compare(base, aligned, batch, spans, keys, added)
         return added
 
-    tokens = min(token_budget(base.device), max(budget // max(sum(sizes.values()) * _row_bytes(base), 1), 1))
+    room = int(budget // max(sum(kept.values()) * _row_bytes(base), 1))
+    tokens = min(token_budget(base.device), max(room, 1))
     folded = run.fold([span.ids for span in text.spans], reduce, base, tokens)
     return ContrastStatistics.from_sums(folded.sums), folded
 
@@ -119,11 +121,17 @@ def _row_bytes(lm: LanguageModel) -> int:
     return max(torch.finfo(lm.dtype).bits // 8, 4)
 
 
-def _chunks(sizes: Mapping[str, int], bytes_per_neuron: int, memory_budget: int) -> list[list[str]]:
-    """Site keys in groups whose activations fit the budget; at least one key each."""
+def _chunks(kept: Mapping[str, float], bytes_per_neuron: int, memory_budget: int) -> list[list[str]]:
+    """Site keys in groups whose activations fit the budget; at least one key each.
+
+    Args:
+        kept: neurons by key; of routed experts the share of the tokens that they get is counted.
+        bytes_per_neuron: over all tokens.
+        memory_budget: bytes.
+    """
     result: list[list[str]] = []
-    used = 0
-    for key, size in sizes.items():
+    used = 0.0
+    for key, size in kept.items():
         need = size * bytes_per_neuron
         if not result or used + need > memory_budget:
             result.append([])

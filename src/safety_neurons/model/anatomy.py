@@ -22,11 +22,10 @@ import numpy as np
 from torch import nn
 
 from safety_neurons.errors import NeuronError, UnsupportedModelError, UsageError
-from safety_neurons.model.proof import KNOWN_ACTIVATIONS, prove
+from safety_neurons.model.proof import KNOWN_ACTIVATIONS, SAY_SITES, prove
 from safety_neurons.model.sites import (
     DOWN,
     FUSED,
-    SAY_SITES,
     Anatomy,
     AttentionAnatomy,
     ExpertsAnatomy,

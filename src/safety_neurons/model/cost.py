@@ -41,6 +41,7 @@ class Work:
         exact: Of exact importance of every neuron, computed in the pass: the tokens of a short prompt, and
             how many of these are scored together; None where it is not computed.
         neurons: Neurons that are searched.
+        active: Of these, how many a token passes: routed experts by the share of the tokens they get.
         statistics: float64 numbers that are kept for each of them.
         kept: Bytes of activations at all of them that a batch may keep; 0 where none are kept.
         trained: Entries of weights that are trained.
@@ -56,6 +57,7 @@ class Work:
     backward: bool = False
     exact: tuple[int, int] | None = None
     neurons: int = 0
+    active: float = 0
     statistics: int = 0
     kept: int = 0
     trained: int = 0
@@ -308,9 +310,9 @@ def _sizes(outline: Outline, work: Work, batch_size: BatchSize) -> _Sizes:
     budget = token_budget(outline.device)
     if work.logits:
         budget = max(1, min(budget, LOGIT_BYTES // (4 * outline.n_ids)))
-    token = work.neurons * max(outline.itemsize, 4)
+    token = work.active * max(outline.itemsize, 4)
     if work.kept:
-        budget = max(1, min(budget, work.kept // max(1, token)))
+        budget = max(1, min(budget, int(work.kept // max(1, token))))
     groups = plan(full, batch_size, budget)
     group = max(groups, key=lambda one: len(one) * max(full[index] for index in one))
     rows, width = len(group), max(full[index] for index in group)
@@ -321,7 +323,7 @@ def _sizes(outline: Outline, work: Work, batch_size: BatchSize) -> _Sizes:
     activations = layers * fed * layer_width(outline) * size
     padded = len({work.lengths[index] for index in group}) > 1
     activations += rows * prompt**2 * (1 + size) if padded else 0
-    activations += min(work.kept, fed * token)
+    activations += min(work.kept, round(fed * token))
     statistics = 8 * work.statistics * neurons
     if work.exact is not None:
         activations += _exact_bytes(outline, max(work.lengths), *work.exact)
@@ -345,7 +347,7 @@ def _operations(outline: Outline, work: Work, sizes: _Sizes) -> tuple[float, flo
         read += sum(_exact_operations(outline, length) for length in work.lengths)
     prompts = once * (work.answers if work.new_tokens else 0)
     if work.kept:  # sites are read in several passes where one batch's activations do not fit
-        token = work.neurons * max(outline.itemsize, 4)
+        token = work.active * max(outline.itemsize, 4)
         read *= max(1, math.ceil(sizes.rows * sizes.width * token / work.kept))
     written = 0.0
     for length in work.lengths if work.new_tokens else ():
@@ -405,7 +407,7 @@ def layer_width(outline: Outline) -> int:
         dense = sum(place.size for part in layer.parts for place in part.places.values())
         routed = 0
         if layer.experts is not None:
-            passed = outline.experts_per_token or 1
+            passed = outline.anatomy.experts_per_token or 1
             routed = passed * (len(MLP_SITES) * layer.experts.width + outline.hidden)
         widest = max(widest, dense + routed)
     return 4 * outline.hidden + 2 * widest

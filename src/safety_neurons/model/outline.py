@@ -124,18 +124,11 @@ class Outline:
         if layer.experts is None:
             return 0
         held = sum(parameter.numel() for parameter in layer.experts.module.parameters())
-        return round(held * (1 - min(1.0, self.experts_per_token / layer.experts.n_experts)))
+        return round(held * (1 - min(1.0, self.anatomy.experts_per_token / layer.experts.n_experts)))
 
     def passed_in(self, layer: LayerAnatomy) -> int:
         """Parameters of a layer that a token passes."""
         return sum(parameter.numel() for parameter in layer.module.parameters()) - self._idle_in(layer)
-
-    @property
-    def experts_per_token(self) -> int:
-        """Routed experts that a token passes; 0 in a dense model."""
-        names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
-        found = next((getattr(self.config, name) for name in names if getattr(self.config, name, None)), 0)
-        return int(found or 0)
 
     @property
     def active_parameters(self) -> int:

@@ -36,7 +36,6 @@ from safety_neurons.model.hooks import Editor, around, editing, evaluating, read
 from safety_neurons.model.sites import (
     GATE_UP_LAYOUTS,
     QKV_LAYOUTS,
-    SAY_SITES,
     Anatomy,
     AttentionAnatomy,
     ExpertRows,
@@ -55,6 +54,12 @@ from safety_neurons.model.sites import (
     unwrapped,
 )
 from safety_neurons.neurons import MLP_SITES
+
+SAY_SITES = (
+    "the command line has no option for that; in Python say where they are: "
+    "model.anatomy = prove(resolve(model.model, sites={'q': PATH, …})), of safety_neurons.model.anatomy"
+)
+"""What to do about a site whose place cannot be told."""
 
 TOKENS = 6
 """Tokens of a probe row."""

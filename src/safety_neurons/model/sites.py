@@ -732,6 +732,20 @@ class Anatomy:
         places = [place for layer in self.layers for part in layer.parts for place in part.places.values()]
         return {place.key: place for place in places if place.key not in self.refused}
 
+    @cached_property
+    def experts_per_token(self) -> int:
+        """Routed experts that a token passes; 0 where there are none or the model does not tell."""
+        config = unwrapped(self.model).config.get_text_config(decoder=True)
+        names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+        return int(next((getattr(config, name) for name in names if getattr(config, name, None)), 0))
+
+    def share_of_tokens(self, key: str) -> float:
+        """Of all tokens, those that pass a site: all, but for routed experts, whose rows in a layer are the
+        tokens times the experts each is sent to, whichever these are.
+        """
+        part = self.layers[int(key.split(".")[1])].experts if ".experts." in key else None
+        return min(1.0, self.experts_per_token / part.n_experts) if part and self.experts_per_token else 1.0
+
     def place(self, key: str) -> SitePlace:
         """The place of a key.
 
@@ -878,23 +892,9 @@ def _infos(layer: LayerAnatomy) -> list[SiteInfo]:
 
 def projections_of(layer: nn.Module) -> dict[str, Projection]:
     """The linear maps of a layer by path, adapters and what lies inside a linear map left aside."""
-    projections: dict[str, Projection] = {}
-
-    def walk(module: nn.Module, path: str) -> None:
-        for name, child in module.named_children():
-            here = f"{path}.{name}" if path else name
-            part = projection(child)
-            if part is not None:
-                projections[here] = part
-            else:
-                walk(child, here)
-
-    walk(layer, "")
-    return projections
-
-
-SAY_SITES = (
-    "the command line has no option for that; in Python say where they are: "
-    "model.anatomy = prove(resolve(model.model, sites={'q': PATH, …})), of safety_neurons.model.anatomy"
-)
-"""What to do about a site whose place cannot be told."""
+    found: dict[str, Projection] = {}
+    for name, child in layer.named_children():
+        part = projection(child)
+        inside = {"": part} if part is not None else projections_of(child)
+        found |= {f"{name}.{path}".rstrip("."): one for path, one in inside.items()}
+    return found
