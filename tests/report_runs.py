@@ -1,5 +1,6 @@
 """Run folders with the shape of real ones, made from a formula: what a report is drawn from in tests."""
 
+import json
 import pathlib
 from typing import Any
 
@@ -313,6 +314,21 @@ def deactivate_run(folder: pathlib.Path, method: str, left: float = 0.41, n: int
     )
     Completions(bench.completions).save(folder / "completions.jsonl")
     return made
+
+
+def both_run(folder: pathlib.Path, method: str, n: int = 100) -> pathlib.Path:
+    """Both sides of the same sets; the answers of the second lie beside those of the first."""
+    sides = {}
+    for side, make in (("deactivate", deactivate_run), ("patch", patch_run)):
+        made = make(folder, method, n=n) if side == "deactivate" else make(folder, method, (0.1, 0.9), n=n)
+        sides[side] = json.loads((made / "run.json").read_text(encoding="utf-8"))["result"]
+    sizes = sides["patch"]["sizes"]
+    sides["deactivate"]["sizes"] = [
+        {**sides["deactivate"]["sizes"][0], "n_neurons": size["n_neurons"], "size": size["size"]}
+        for size in sizes
+    ]
+    result = {**sides, "n_neurons": sizes[-1]["n_neurons"], "max_new_tokens": 24, "notes": []}
+    return run_folder(folder, "verify-both", {**PAIR, "neurons": str(folder.parent / method)}, result)
 
 
 def tune_run(folder: pathlib.Path, method: str, refused: float = 0.97, n: int = 100) -> pathlib.Path:

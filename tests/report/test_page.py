@@ -5,9 +5,13 @@ import pytest
 
 import report_runs
 from page_text import HALF, Outline
+from safety_neurons.display.registry import DISPLAYS
 from safety_neurons.errors import InputError, RunError, UsageError
 from safety_neurons.report import write_report
+from safety_neurons.report.page import read_runs, sheet
 from safety_neurons.results import Completion, Completions
+
+ARMS = ("untreated", "random 0 of 5", "ceiling", "factor 2")
 
 
 def test_the_page_is_one_file_that_loads_nothing(page, outline):
@@ -119,6 +123,21 @@ def test_five_thousand_completions_stay_below_five_megabytes(tmp_path):
     assert page == tmp_path / "report.html"
     assert page.stat().st_size < 5_000_000
     assert "All 5,000 completions, at most 500 characters" in Outline(page.read_text(encoding="utf-8")).text
+
+
+def test_a_run_of_both_sides_and_every_verb_with_completions_have_a_page(tmp_path):
+    both = report_runs.both_run(tmp_path / "both", "contrast", n=10)
+    seen = Outline(write_report([both], tmp_path / "both.html").read_text(encoding="utf-8"))
+    for said in ("Sufficient and necessary", "Are they sufficient", "Are they necessary"):
+        assert said in seen.text
+    names = [verb for verb, shown in DISPLAYS.items() if shown.completions]
+    assert {"verify-both", "verify-scale", "compare", "tune", "evaluate", "guard-evaluate"} <= set(names)
+    answers = Completions([Completion("p", "ask", "say", (), "stop", f"{arm}/harmful") for arm in ARMS])
+    for verb in names:
+        folder = report_runs.run_folder(tmp_path / verb, verb, report_runs.PAIR, {})
+        answers.save(folder / "completions.jsonl")
+        made = sheet(*read_runs([folder]), "answers")
+        assert [made.arms[place] for place in made.shown] == ["untreated", "factor 2"]
 
 
 def test_a_page_can_be_made_of_any_single_run(story, tmp_path):

@@ -89,31 +89,45 @@ def effect(value):
     return Effect(value, None, None, 1, 0, None if value is not None else "no gap", "refused")
 
 
-ARM = ArmOutcome(
-    "ceiling",
-    rate([True]),
-    rate([False]),
-    None,
-    None,
-    (True,),
-    (False,),
-    harmful_complied=rate([False]),
-    complied=(False,),
-)
+def arm(refused):
+    none = [False] * len(refused)
+    return ArmOutcome(
+        "ceiling",
+        rate(refused),
+        rate(none),
+        None,
+        None,
+        tuple(refused),
+        tuple(none),
+        harmful_complied=rate(none),
+        complied=tuple(none),
+    )
+
+
+def refusing(share, n):
+    return [number < round(share * n) for number in range(n)]
 
 
 @pytest.mark.parametrize(
-    ("whole", "parts", "called"),
+    ("whole", "parts", "n", "called"),
     [
-        (0.9, (0.5, 0.9), CEILING),
-        (0.36, (0.2, 0.82), ALL_PATCHED),
-        (None, (0.5,), CEILING),
-        (0.3, (None,), CEILING),
+        (0.9, (0.5, 0.9), 30, CEILING),
+        (0.36, (0.2, 0.82), 32, ALL_PATCHED),
+        (0.96, (0.5, 1.0), 24, CEILING),  # one answer more of 24
+        (0.4, (0.6,), 5, CEILING),
+        (None, (0.5,), 30, CEILING),
+        (0.3, (None,), 30, CEILING),
     ],
 )
 @pytest.mark.parametrize("differ", [True, False])
-def test_what_a_part_beats_is_no_ceiling_and_that_is_explained(whole, parts, called, differ):
-    found = named(ARM, effect(whole), [effect(part) for part in parts], (None, effect(None)), differ)
+def test_what_a_part_clearly_beats_is_no_ceiling_and_that_is_explained(whole, parts, n, called, differ):
+    found = named(
+        arm(refusing(whole or 0, n)),
+        effect(whole),
+        [(effect(part), tuple(refusing(part or 0, n))) for part in parts],
+        (None, effect(None)),
+        differ,
+    )
     assert found.name == called
     assert (found.why is None) == (called == CEILING)
     assert ("columns" in (found.why or "")) == (differ and called == ALL_PATCHED)

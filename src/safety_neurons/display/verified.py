@@ -361,6 +361,8 @@ def patch_findings(run: ReportedRun) -> list[Finding]:
         why = say("The causal effect of the neurons{} is undefined: {}.", method, visible(effect["why"], 300))
         return [Finding(OPEN, why), *_cautions(run)]
     chance = f"random sets {spread(others)}" if others else "no random sets"
+    if verdict == NO and (too_few := (point.get("change_against_random") or {}).get("why")):
+        chance += f", {too_few.removeprefix('not shown: ')}"
     lead = {
         YES: "Patching {}{} ({}) is enough: it restores {} of the difference in refusals ({}; {} {}).",
         PARTLY: "Patching {}{} ({}) restores part of the difference in refusals: {} ({}; {} {}).",

@@ -135,21 +135,20 @@ def sheet(run: ReportedRun, title: str) -> Sheet | None:
     return made
 
 
+_CONTROLS = ("untreated", "aligned", "random", "ceiling")
+"""What arms beside the treated ones are called, or begin with."""
+
+
 def _first_arms(run: ReportedRun, arms: Sequence[str]) -> tuple[int, ...]:
-    if run.verb == "evaluate":
-        treated = ["treated"]
-    elif run.verb == "guard-evaluate":
-        treated = ["guarded"]
-    elif run.verb == "compare":
-        treated = [
-            arm
-            for arm in arms
-            if arm not in ("untreated", "aligned") and not arm.startswith(("random", "ceiling"))
-        ]
-    else:
-        treated = ["tuned" if run.verb == "tune" else str(run.result["treated"]["name"])]
-    wanted = ["untreated", "unguarded", *treated[:1], "aligned"]
-    places = [arms.index(arm) for arm in wanted if arm in arms]
+    named = run.result.get("patch", run.result).get("treated")
+    treated = [
+        "tuned" if run.verb == "tune" else "treated" if run.verb == "evaluate" else "guarded",
+        str(named["name"]) if isinstance(named, Mapping) and "name" in named else "",
+    ]
+    treated += [arm for arm in arms if not arm.startswith(_CONTROLS)]
+    first = next((arm for arm in treated if arm in arms), "")
+    wanted = ["untreated", "unguarded", first, "aligned"]
+    places = [arms.index(arm) for arm in dict.fromkeys(wanted) if arm in arms]
     return tuple(places) or tuple(range(min(3, len(arms))))
 
 

@@ -375,7 +375,8 @@ class _Rows:
 
     def ceiling(self, everything: NeuronSet, rows: Sequence[MethodResult]) -> Ceiling:
         """All neurons of the sites patched, but for those of routed experts."""
-        parts, routed = [row.causal_effect for row in rows], routed_keys(everything)
+        parts = [(row.causal_effect, self.verdicts[row.method][0]) for row in rows]
+        routed = routed_keys(everything)
         dense = {key: indices for key, indices in everything.items() if key not in routed}
         if dense:
             return self.subject.ceiling(NeuronSet(dense, everything.table), parts)

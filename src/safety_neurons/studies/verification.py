@@ -49,6 +49,7 @@ from safety_neurons.studies.bench import (
     Contrasted,
     How,
     Treat,
+    Verdicts,
     contrast,
 )
 from safety_neurons.studies.vocabulary import Neuron, strongest
@@ -57,6 +58,8 @@ from safety_neurons.tuning.protect import entries_of
 
 AUTO: How = {"max_new_tokens": None}
 """Answers as long as is usual for the model."""
+Part = tuple[Effect, Verdicts]
+"""What a part of the neurons restores, and which harmful requests are refused then."""
 CEILING, ALL_PATCHED = "ceiling", "all neurons of the sites patched"
 BY_PARAMETERS = "ceiling by parameters"
 
@@ -386,17 +389,17 @@ class SubjectModels:
         """The causal effect of a treatment."""
         return self.contrast(treated).effect
 
-    def ceiling(self, everything: NeuronSet, parts: Sequence[Effect]) -> Ceiling:
-        """All neurons of the sites, by activations and, of a pair, by parameters.
-
-        `parts` are what parts of them restore.
+    def ceiling(self, everything: NeuronSet, parts: Sequence[Part]) -> Ceiling:
+        """All neurons of the sites, by activations and, of a pair, by parameters, held against parts of
+        them.
         """
         outcome = self.measure(CEILING, everything)
         effect = self.effect(outcome)
         if self.donor is None:
             return Ceiling(outcome, effect, None, effect)
         exchanged = by_parameters(self.bench, self.model, self.donor, everything, self.effect)
-        return named(outcome, effect, parts, exchanged, columns_differ(self.model, self.donor))
+        groups = self.bench.harmful.groups
+        return named(outcome, effect, parts, exchanged, columns_differ(self.model, self.donor), groups)
 
 
 def _verify(
@@ -445,7 +448,7 @@ def _verify(
         points = [
             dataclasses.replace(point, against_random=one) for point, one in zip(points, held, strict=True)
         ]
-    limits = subject.ceiling(everything, [point.causal_effect for point in points])
+    limits = subject.ceiling(everything, [(point.causal_effect, point.treated.harmful) for point in points])
     bench.finish()
     return Verification(
         kind=subject.kind,
@@ -461,7 +464,7 @@ def _verify(
         ),
         max_new_tokens=bench.longest,
         overlap=found_on(sets[-1][1], bench),
-        notes=(*notes, *([limits.why] if limits.why else []), *bench.notes),
+        notes=(*notes, *bench.notes),
         bench=bench,
         limits=None if subject.donor is None else limits,
     )
@@ -534,24 +537,30 @@ def by_parameters(
 def named(
     patched: ArmOutcome,
     effect: Effect,
-    parts: Sequence[Effect],
+    parts: Sequence[Part],
     parameters: tuple[ArmOutcome | None, Effect],
     differ: bool,
+    groups: GroupLabels = None,
 ) -> Ceiling:
     """The ceiling with the word it deserves.
 
     Args:
         patched: all neurons of the sites patched.
         effect: what that restores.
-        parts: what parts of the neurons restore.
+        parts: what parts of the neurons restore; one that restores more has to do so clearly, prompt by
+            prompt.
         parameters: the arm by parameters, and its effect.
         differ: whether the models differ in `o` or `down` columns.
+        groups: what the harmful requests share.
     """
-    best = max((part.value for part in parts if part.value is not None), default=None)
+    defined = [(one.value, refused) for one, refused in parts if one.value is not None]
+    held = holm([paired_difference(refused, patched.harmful, groups) for _, refused in defined])
+    more = [value for (value, _), one in zip(defined, held, strict=True) if one.clear and one.value]
+    best = max(more, default=None)
     if effect.value is None or best is None or best <= effect.value:
         return Ceiling(patched, effect, *parameters)
     why = (
-        f"a part of the neurons restores more ({best:.2f}) than all neurons of the sites "
+        f"a part of the neurons restores clearly more ({best:.2f}) than all neurons of the sites "
         f"({effect.value:.2f}), which is no ceiling then"
     )
     if differ:
