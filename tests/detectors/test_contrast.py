@@ -422,3 +422,17 @@ def test_the_budget_counts_of_routed_experts_the_tokens_that_they_get(monkeypatc
         base, aligned, PROMPTS, positions="prompt", sites=sites, batch_size=1, count=5
     ).scores.items():
         np.testing.assert_array_equal(values, found.scores[key])
+
+
+def test_experts_of_a_site_are_read_together_or_counted_as_if_each_got_every_token():
+    sizes = {f"layers.0.experts.{number}.down": 4 for number in range(8)} | {"layers.0.up": 6}
+    kept = {key: size * (0.25 if ".experts." in key else 1) for key, size in sizes.items()}
+    experts = list(sizes)[:8]
+    assert module._chunks(kept, sizes, 10, 140) == [[*experts, "layers.0.up"]]
+    assert module._chunks(kept, sizes, 10, 80) == [experts, ["layers.0.up"]]
+    assert module._chunks(kept, sizes, 10, 79) == [
+        [experts[0]],
+        *([experts[number]] for number in range(1, 8)),
+        ["layers.0.up"],
+    ]
+    assert module._chunks(kept, sizes, 10, 1) == [[key] for key in sizes]

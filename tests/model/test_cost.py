@@ -83,7 +83,7 @@ def test_a_token_passes_22_of_the_235_billion_parameters_of_a_mixture(tmp_path: 
     layers = [(four.n_parameters - totals[0]) // 2, (four.active_parameters - totals[1]) // 2]
     whole, active = (total + 92 * layer for total, layer in zip(totals, layers, strict=True))
     assert (whole, active) == (235_093_634_560, 22_190_763_520)
-    assert two.anatomy.experts_per_token == 8
+    assert two.anatomy.experts_per_token(0) == 8
     assert two.table.n_neurons == 2 * (2 * 8192 + 2 * 512 + 3 * 128 * 1536)
 
 

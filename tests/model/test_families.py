@@ -292,9 +292,19 @@ def test_experts_of_a_layer_get_as_many_rows_as_tokens_are_sent_to_experts(name:
     ids = random_ids((2, 7))
     with reading(anatomy, {f"layers.{one.index}.experts.*.down": count(one.index) for one in layers}):
         logits(anatomy, ids)
-    assert set(rows.values()) == {ids.numel() * anatomy.experts_per_token}
+    assert rows == {one.index: ids.numel() * anatomy.experts_per_token(one.index) for one in layers}
     for layer in layers:
         experts = layer.experts.n_experts  # type: ignore[union-attr]
         share = anatomy.share_of_tokens(f"layers.{layer.index}.experts.0.down")
-        assert share == pytest.approx(anatomy.experts_per_token / experts)
+        assert share == pytest.approx(anatomy.experts_per_token(layer.index) / experts)
     assert anatomy.share_of_tokens(next(iter(anatomy.places))) == 1
+
+
+def test_experts_of_a_token_may_be_told_layer_by_layer() -> None:
+    anatomy = resolve(build("qwen3_moe"))
+    config = vars(anatomy.model.config)  # as HunYuan's configuration tells it, past the types of this one
+    config["num_experts_per_tok"] = [1, 2]
+    assert [anatomy.experts_per_token(layer) for layer in (0, 1)] == [1, 2]
+    config["num_experts_per_tok"] = None
+    assert anatomy.experts_per_token(1) == 0
+    assert anatomy.share_of_tokens("layers.1.experts.0.down") == 1

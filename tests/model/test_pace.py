@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from families import FAMILIES, MOE_FAMILIES, build
+from families import FAMILIES, HYBRID_FAMILIES, MOE_FAMILIES, build
 from safety_neurons.errors import UnsupportedModelError
 from safety_neurons.model import pace
 from safety_neurons.model.anatomy import resolve
@@ -19,7 +19,7 @@ from tiny import tiny_llama, tiny_llama_folder
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("family", FAMILIES + MOE_FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES + MOE_FAMILIES + HYBRID_FAMILIES)
 def test_the_layers_of_every_family_read_and_decode_by_themselves(family: str) -> None:
     with torch.device("meta"):
         model = build(family)
@@ -37,19 +37,19 @@ def test_a_layer_is_what_two_take_beyond_one(monkeypatch: pytest.MonkeyPatch) ->
         before = len(calls)
         handles = [
             module.register_forward_hook(lambda *_: calls.append(1))
-            for module in layers._layers._modules.values()
+            for module in layers._list._modules.values()
         ]
         action()
         for handle in handles:
             handle.remove()
         return 10.0 + len(calls) - before  # ten of what is no layer's
 
-    monkeypatch.setattr(pace, "_timed", took)
+    monkeypatch.setattr(pace, "_took", took)
     monkeypatch.setattr(pace, "LEAST_SECONDS", 1e-9)
     assert layers.seconds(3, 4) == max(1.0, 12 / 4)  # never below a quarter, whatever the clock says
-    monkeypatch.setattr(pace, "_timed", lambda action, device: took(action, device) - 10)
+    monkeypatch.setattr(pace, "_took", lambda action, device: took(action, device) - 10)
     assert layers.seconds(3, 4) == 1.0
-    assert len(layers._layers._modules) == 2
+    assert len(layers._list._modules) == 2
 
 
 def test_operations_of_the_rate_are_those_of_the_layer(
@@ -67,20 +67,48 @@ def test_operations_of_the_rate_are_those_of_the_layer(
     assert Throughput(outline)(3, 1, 8) == 3 * (2 * passed + 2 * heads * wide * 17) / 2
 
 
-@pytest.mark.parametrize("broken", ["large", "alone"])
+@pytest.mark.parametrize("broken", ["large", "memory", "alone"])
 def test_a_rate_that_is_of_products_alone_says_so(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
+    def fails(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("no room\nfor it")
+
     [outline], _ = outlines([tiny_llama_folder(tmp_path / "model")])
     if broken == "large":
         monkeypatch.setattr(pace, "MOST_BYTES", 10)
+        with pytest.raises(UnsupportedModelError, match="at most 0.0 GB"):
+            TimedLayers(outline.anatomy, torch.float32, CPU)
     else:
-        monkeypatch.setattr(pace.TimedLayers, "_timed", lambda *_: {}["needs more"])
+        monkeypatch.setattr(TimedLayers, "_fill" if broken == "memory" else "_timed", fails)
     rate = Throughput(outline)
     assert rate(2, 3) > 0
-    assert "products of matrices alone, a lower bound" in rate.notes[0]
-    with pytest.raises(UnsupportedModelError):
-        TimedLayers(outline.anatomy, torch.float32, CPU).seconds(2, 3)
+    [note] = rate.notes
+    assert "products of matrices alone, a lower bound" in note
+    assert "\n" not in note
+
+
+def test_layers_of_several_sizes_are_said_and_nothing_is_timed_twice(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [outline], _ = outlines([tiny_llama_folder(tmp_path / "model")])
+    calls: list[Any] = []
+    monkeypatch.setattr(TimedLayers, "seconds", lambda self, *shape: calls.append(shape) or 1.0)
+    rate = Throughput(outline)
+    assert rate.notes == ()
+    assert [rate(2, 3), rate(2, 3), rate(2, 1, 3)] == [rate(2, 3), rate(2, 3), rate(2, 1, 3)]
+    assert calls == [(2, 3, 0), (2, 1, 3)]
+    monkeypatch.setattr(type(outline), "passed_in", lambda self, layer: 100 + layer.index)
+    assert "first two layers" in Throughput(outline).notes[0]
+
+
+def test_a_model_in_memory_stays_as_it_is() -> None:
+    model = tiny_llama()
+    model.train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    TimedLayers(resolve(model), torch.float32, CPU).seconds(1, 2)
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_the_numbers_that_others_draw_stay_the_same() -> None:

@@ -140,6 +140,13 @@ def test_a_run_of_both_sides_and_every_verb_with_completions_have_a_page(tmp_pat
         assert [made.arms[place] for place in made.shown] == ["untreated", "factor 2"]
 
 
+def test_too_few_random_sets_are_named_where_an_effect_is_not_shown(tmp_path):
+    run = report_runs.patch_run(tmp_path / "verify", "contrast", (0.1, 0.9), n=40, n_random=2)
+    text = Outline(write_report([run], tmp_path).read_text(encoding="utf-8")).text
+    assert "is not shown to restore more than chance" in text
+    assert "2 random sets, at least 3 are needed to know how much they differ; ceiling" in text
+
+
 def test_a_page_can_be_made_of_any_single_run(story, tmp_path):
     for run in story:
         text = Outline(write_report([run], tmp_path / f"{run.name}.html").read_text(encoding="utf-8")).text

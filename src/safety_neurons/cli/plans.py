@@ -286,19 +286,17 @@ def _find(planner: Planner) -> "list[Work]":
 
 
 def _verify(planner: Planner) -> "list[Work]":
-    options, patch = planner.options, planner.words[1] in ("patch", "both")
-    if planner.words[1] == "scale":
+    options, kind = planner.options, planner.words[1]
+    if kind == "scale":
         sets = len(options["factors"].split(","))
     else:
         sets = 1 if options["neurons"] is not None else len(parse_sizes(options["sizes"]))
-    alone = 2 if patch else 1
-    arms = sets * (1 + options["random"]) + patch
-    lone = alone + (sets * (1 + options["random"]) if planner.words[1] == "both" else 0)
-    return [
-        planner.asked(lone, "harmful", "harmless"),
-        planner.asked(arms, "harmful", "harmless", models=1 + patch),
-        planner.measured(arms + lone),
-    ]
+    treated, patch = sets * (1 + options["random"]), kind in ("patch", "both")
+    # Untreated, aligned and the ceiling by parameters; untreated, the sets off and the ceiling.
+    lone = 3 * patch + (0 if kind == "patch" else 1 + treated + (kind != "scale"))
+    patched = patch * (treated + 1)
+    pairs = [planner.asked(patched, "harmful", "harmless", models=2)] if patched else []
+    return [planner.asked(lone, "harmful", "harmless"), *pairs, planner.measured(patched + lone)]
 
 
 def _compare(planner: Planner) -> "list[Work]":

@@ -2,6 +2,7 @@
 text.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -106,7 +107,7 @@ def contrast_statistics(run: Run, text: Texts) -> tuple[ContrastStatistics, Fold
     def reduce(batch: Batch) -> BatchSums:
         spans = [text.spans[index] for index in batch.indices]
         added = BatchSums(scores=[{} for _ in spans] if run.votes else [])
-        for keys in _chunks(kept, sum(span.n_tokens for span in spans) * _row_bytes(base), budget):
+        for keys in _chunks(kept, run.sizes, sum(span.n_tokens for span in spans) * _row_bytes(base), budget):
             _compare(base, aligned, batch, spans, keys, added)
         return added
 
@@ -121,23 +122,36 @@ def _row_bytes(lm: LanguageModel) -> int:
     return max(torch.finfo(lm.dtype).bits // 8, 4)
 
 
-def _chunks(kept: Mapping[str, float], bytes_per_neuron: int, memory_budget: int) -> list[list[str]]:
+def _chunks(
+    kept: Mapping[str, float], sizes: Mapping[str, int], bytes_per_neuron: int, memory_budget: int
+) -> list[list[str]]:
     """Site keys in groups whose activations fit the budget; at least one key each.
 
+    The experts of a site share the tokens in a way that only their sum is known of: they stay together where
+    they fit, and are counted as if each got all tokens where they do not.
+
     Args:
-        kept: neurons by key; of routed experts the share of the tokens that they get is counted.
+        kept: neurons by key; of routed experts the share of the tokens that they get on average.
+        sizes: neurons by key.
         bytes_per_neuron: over all tokens.
         memory_budget: bytes.
     """
+    together: dict[str, list[str]] = {}
+    for key in kept:
+        together.setdefault(re.sub(r"\.experts\.\d+", ".experts", key), []).append(key)
     result: list[list[str]] = []
     used = 0.0
-    for key, size in kept.items():
-        need = size * bytes_per_neuron
-        if not result or used + need > memory_budget:
-            result.append([])
-            used = 0
-        result[-1].append(key)
-        used += need
+    for keys in together.values():
+        whole = bytes_per_neuron * sum(kept[key] for key in keys)
+        parts = [(keys, whole)]
+        if whole > memory_budget:
+            parts = [([key], float(bytes_per_neuron * sizes[key])) for key in keys]
+        for part, need in parts:
+            if not result or used + need > memory_budget:
+                result.append([])
+                used = 0
+            result[-1] += part
+            used += need
     return result
 
 

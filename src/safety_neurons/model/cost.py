@@ -94,7 +94,7 @@ class CostEstimate:
         working_disk_bytes: Partial state beside them while it runs.
         flops: Floating-point operations of all passes.
         flops_per_second: Measured rate of this machine, on the widest batch.
-        seconds: Operations divided by the rates of the widest batch and of one decoding step.
+        seconds: Operations divided by the rates of the probe, of the widest batch and of one decoding step.
         prompts: Number of prompts.
         tokens: Tokens that are fed, as often as they are.
         new_tokens: Tokens that are generated at most.
@@ -174,8 +174,8 @@ class CostEstimate:
             *(f"  {step}" for step in self.steps),
             f"memory about {_size(self.memory_bytes)} on {self.device} in {self.dtype} "
             f"({', '.join(parts)}){room}",
-            f"time about {_duration(self.seconds)} ({self.flops / 1e12:,.3g} TFLOP at "
-            f"{self.flops_per_second / 1e9:,.3g} GFLOP/s, measured)",
+            f"time about {_duration(self.seconds)} ({self.flops / 1e12:,.3g} TFLOP; the widest batch runs "
+            f"at {self.flops_per_second / 1e9:,.3g} GFLOP/s, measured)",
             f"disk about {_size(self.disk_bytes)}{partial}",
             *self.notes,
         ]
@@ -407,7 +407,7 @@ def layer_width(outline: Outline) -> int:
         dense = sum(place.size for part in layer.parts for place in part.places.values())
         routed = 0
         if layer.experts is not None:
-            passed = outline.anatomy.experts_per_token or 1
+            passed = outline.anatomy.experts_per_token(layer.index) or 1
             routed = passed * (len(MLP_SITES) * layer.experts.width + outline.hidden)
         widest = max(widest, dense + routed)
     return 4 * outline.hidden + 2 * widest

@@ -124,7 +124,9 @@ class Outline:
         if layer.experts is None:
             return 0
         held = sum(parameter.numel() for parameter in layer.experts.module.parameters())
-        return round(held * (1 - min(1.0, self.anatomy.experts_per_token / layer.experts.n_experts)))
+        return round(
+            held * (1 - min(1.0, self.anatomy.experts_per_token(layer.index) / layer.experts.n_experts))
+        )
 
     def passed_in(self, layer: LayerAnatomy) -> int:
         """Parameters of a layer that a token passes."""

@@ -732,19 +732,19 @@ class Anatomy:
         places = [place for layer in self.layers for part in layer.parts for place in part.places.values()]
         return {place.key: place for place in places if place.key not in self.refused}
 
-    @cached_property
-    def experts_per_token(self) -> int:
-        """Routed experts that a token passes; 0 where there are none or the model does not tell."""
+    def experts_per_token(self, layer: int) -> int:
+        """Routed experts that a token passes in a mixture's layer; 0 where no configuration tells."""
         config = unwrapped(self.model).config.get_text_config(decoder=True)
         names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
-        return int(next((getattr(config, name) for name in names if getattr(config, name, None)), 0))
+        told = next((value for name in names if (value := getattr(config, name, None))), 0)
+        return int(told[layer] if isinstance(told, Sequence) else told)
 
     def share_of_tokens(self, key: str) -> float:
         """Of all tokens, those that pass a site: all, but for routed experts, whose rows in a layer are the
         tokens times the experts each is sent to, whichever these are.
         """
         part = self.layers[int(key.split(".")[1])].experts if ".experts." in key else None
-        return min(1.0, self.experts_per_token / part.n_experts) if part and self.experts_per_token else 1.0
+        return min(1.0, (part and self.experts_per_token(part.layer) / part.n_experts) or 1.0)
 
     def place(self, key: str) -> SitePlace:
         """The place of a key.

@@ -555,13 +555,17 @@ def named(
     """
     defined = [(one.value, refused) for one, refused in parts if one.value is not None]
     held = holm([paired_difference(refused, patched.harmful, groups) for _, refused in defined])
-    more = [value for (value, _), one in zip(defined, held, strict=True) if one.clear and one.value]
-    best = max(more, default=None)
-    if effect.value is None or best is None or best <= effect.value:
+    whole = effect.value
+    more = [
+        value
+        for (value, _), one in zip(defined, held, strict=True)
+        if whole is not None and value > whole and one.clear
+    ]
+    if not more or whole is None:
         return Ceiling(patched, effect, *parameters)
     why = (
-        f"a part of the neurons restores clearly more ({best:.2f}) than all neurons of the sites "
-        f"({effect.value:.2f}), which is no ceiling then"
+        f"a part of the neurons restores clearly more ({max(more):.2f}) than all neurons of the sites "
+        f"({whole:.2f}), which is no ceiling then"
     )
     if differ:
         why += (
