@@ -1,14 +1,17 @@
 """Bits, device maps and memory limits: the same words in every verb, equal numbers wherever weights lie."""
 
 import pathlib
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from safety_neurons.detectors import find_importance
 from safety_neurons.errors import ModelError, UnsupportedModelError, UsageError
 from safety_neurons.interventions import deactivated, patched
 from safety_neurons.model import LanguageModel, load
+from safety_neurons.model.fewer_bits import dequantised
 from safety_neurons.model.identity import identity
 from safety_neurons.model.placement import Placement, device_places, memory_limits
 from safety_neurons.neurons import NeuronSet
@@ -103,6 +106,42 @@ def test_weights_that_are_off_loaded_are_refused_in_one_line(
     with pytest.raises(UnsupportedModelError, match=r"off-loaded .* larger max_memory") as error:
         load(folder, **given, offload_folder=str(tmp_path))
     assert "\n" not in str(error.value)
+
+
+def test_four_bits_are_the_same_weights_in_the_order_of_any_processor(folder: pathlib.Path) -> None:
+    functional = pytest.importorskip("bitsandbytes").functional
+    small = load(folder, quantize="4bit")
+    maps = [module for module in small.inner.modules() if type(module).__name__ == "Linear4bit"]
+    before, known = [dequantised(module, "map").clone() for module in maps], identity(small)
+    for module in maps:  # what a pass does on a processor with AVX512-BF16
+        module.weight.data, state = functional._convert_weight_packed_for_cpu(
+            module.weight.data, module.weight.quant_state
+        )
+        assert state.packing_format_for_cpu
+    for module, exact in zip(maps, before, strict=True):
+        now = dequantised(module, "map")
+        assert (now - exact).abs().max() <= 2**-8 * exact.abs().max()  # scales are rounded to bfloat16
+        assert module.weight.quant_state.packing_format_for_cpu
+        assert torch.equal(now, dequantised(module, "map"))
+    assert identity(small) == known
+
+
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+def test_weights_in_fewer_bits_are_told_apart_by_their_scales(
+    bits: str, folder: pathlib.Path, plain: LanguageModel, tmp_path: pathlib.Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    other = tmp_path / "doubled"
+    shutil.copytree(folder, other)
+    state = load_file(other / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    save_file(state | {name: 2 * state[name]}, other / "model.safetensors", metadata={"format": "pt"})
+    ones, twos = (load(place, quantize=bits) for place in (folder, other))
+    first, second = identity(ones), identity(twos)
+    assert first["weights"] != second["weights"]
+    for model, known in ((ones, first), (twos, second)):
+        model.complete(PROMPTS, max_new_tokens=2)
+        assert identity(model) == known
 
 
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])

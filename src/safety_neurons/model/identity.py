@@ -12,6 +12,7 @@ from torch import Tensor
 
 from safety_neurons.errors import UnsupportedModelError
 from safety_neurons.model.adapters import is_adapted
+from safety_neurons.model.fewer_bits import codes, scales
 from safety_neurons.model.files import model_contents
 from safety_neurons.model.language_model import LanguageModel
 from safety_neurons.model.template import encode_text, require_tokenizer
@@ -118,6 +119,9 @@ def _named(model: LanguageModel) -> Iterator[tuple[str, Tensor]]:
             parts = name.split(".")
             if not inactive.intersection(parts):
                 yield plain_name(".".join(order.get(part, part) for part in parts)), value
+    for name, module in model.inner.named_modules():
+        if (factors := scales(module)) is not None:
+            yield plain_name(f"{name}.scales"), factors
 
 
 def plain_name(name: str) -> str:
@@ -156,8 +160,9 @@ def _adapter_settings(model: LanguageModel) -> list[Any]:
 
 def _digest(value: Tensor) -> str:
     """SHA-256 of a tensor's type, shape and bytes, block by block."""
-    digest = hashlib.sha256(f"{value.dtype} {tuple(value.shape)}".encode())
-    flat = value.detach().reshape(-1)
+    stored = codes(value).detach()
+    digest = hashlib.sha256(f"{stored.dtype} {tuple(stored.shape)}".encode())
+    flat = stored.reshape(-1)
     for start in range(0, flat.numel(), _BLOCK):
         block = flat[start : start + _BLOCK].to("cpu").contiguous()
         digest.update(memoryview(block.view(torch.uint8).numpy()))  # type: ignore[arg-type]

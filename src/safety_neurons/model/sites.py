@@ -22,6 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from safety_neurons.errors import UnsupportedModelError
+from safety_neurons.model.fewer_bits import dequantised
 from safety_neurons.neurons import MLP_SITES, SiteInfo, SiteTable
 
 Index = slice | torch.Tensor | None
@@ -356,32 +357,13 @@ def full_bias(part: Projection) -> Float[Tensor, " out"] | None:
 
 
 def _stored_weight(part: Projection, name: str) -> Tensor:
-    weight: Any = _dequantised(part, name) if part.quantised else part.base.weight
+    weight: Any = dequantised(part.base, name) if part.quantised else part.base.weight
     if weight.is_meta:
         raise UnsupportedModelError(
             f"{name}: its weights are off-loaded, a weight in memory was expected; load the model "
             "without disk or CPU off-loading"
         )
     return weight
-
-
-def _dequantised(part: Projection, name: str) -> Tensor:
-    weight: Any = getattr(part.base, "weight", None)
-    if type(weight).__name__ == "Int8Params":
-        # Not by PEFT: on a CPU that leaves the weight without the scales its own product needs afterwards.
-        state: Any = part.base.state
-        scales = weight.SCB if state.SCB is None else state.SCB
-        dequantised: Tensor = weight.data * scales.to(weight.device).view(-1, 1) / 127
-        return dequantised
-    if type(weight).__name__ == "Params4bit":
-        from peft.utils.integrations import dequantize_module_weight
-
-        return dequantize_module_weight(part.base)
-    raise UnsupportedModelError(
-        f"{name}: its weights are quantised ({type(part.base).__name__}) and cannot be read; methods that "
-        "only read activations work, for this one load the model unquantised or in bitsandbytes 4 or 8 "
-        "bits"
-    )
 
 
 def _active_layers(part: Projection) -> list[Any]:

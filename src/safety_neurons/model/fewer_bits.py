@@ -1,0 +1,91 @@
+"""Weights in 8 and 4 bits by bitsandbytes, as the numbers that a model computes with."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from safety_neurons.errors import UnsupportedModelError
+
+
+def dequantised(base: nn.Module, name: str) -> Tensor:
+    """The weight of a linear map in fewer bits; the map stays as it is.
+
+    Args:
+        base: the map.
+        name: what errors call it.
+
+    Raises:
+        UnsupportedModelError: a weight that is kept in another way.
+    """
+    weight: Any = getattr(base, "weight", None)
+    if type(weight).__name__ == "Int8Params":
+        # Not by PEFT: on a CPU that leaves the weight without the scales its own product needs afterwards.
+        state: Any = base.state
+        scales = weight.SCB if state.SCB is None else state.SCB
+        eight: Tensor = weight.data * scales.to(weight.device).view(-1, 1) / 127
+        return eight
+    if type(weight).__name__ == "Params4bit":
+        return _from_four(weight)
+    raise UnsupportedModelError(
+        f"{name}: its weights are quantised ({type(base).__name__}) and cannot be read; methods that "
+        "only read activations work, for this one load the model unquantised or in bitsandbytes 4 or 8 "
+        "bits"
+    )
+
+
+def codes(weight: Tensor) -> Tensor:
+    """A parameter as it is stored; of one in 4 bits the codes, in the order of its matrix."""
+    state = getattr(weight, "quant_state", None)
+    return _unpacked(weight.data, state)[0] if getattr(state, "packing_format_for_cpu", False) else weight
+
+
+def scales(module: nn.Module) -> Tensor | None:
+    """What the codes of a linear map are multiplied with, as far as every pass keeps it; None where a map has
+    no codes.
+    """
+    weight: Any = getattr(module, "weight", None)
+    if type(weight).__name__ == "Int8Params":
+        state: Any = module.state
+        eight: Tensor = weight.SCB if state.SCB is None else state.SCB
+        return eight
+    if type(weight).__name__ != "Params4bit" or weight.quant_state is None:
+        return None
+    return _scales(weight.quant_state).to(torch.bfloat16)
+
+
+def _from_four(weight: Any) -> Tensor:
+    """Not by PEFT, which takes no notice of the order of a processor's products."""
+    from bitsandbytes import functional
+
+    values, state = weight.data, weight.quant_state
+    if getattr(state, "packing_format_for_cpu", False):
+        values, state = _unpacked(values, state)
+        state.absmax = _scales(weight.quant_state)
+    return functional.dequantize_4bit(values, state)
+
+
+def _unpacked(values: Tensor, state: Any) -> tuple[Tensor, Any]:
+    """Codes in the order of the matrix, and a copy of the state.
+
+    From the first pass on a processor with AVX512-BF16 keeps codes and scales in another order, and the
+    scales rounded to bfloat16.
+    """
+    from bitsandbytes import functional
+
+    copied = copy.copy(state)
+    copied.original_nested = False  # or the scales are quantised again
+    unpacked: tuple[Tensor, Any] = functional._convert_weight_packed_for_cpu_inverse(values, copied)
+    return unpacked
+
+
+def _scales(state: Any) -> Tensor:
+    """Of the blocks of a weight in 4 bits, in the order of its matrix."""
+    from bitsandbytes import functional
+
+    if getattr(state, "packing_format_for_cpu", False):
+        return state.absmax.T.reshape(-1).float()
+    if state.nested:
+        return functional.dequantize_blockwise(state.absmax, state.state2).float() + state.offset
+    return state.absmax.float()
