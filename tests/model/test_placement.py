@@ -15,6 +15,7 @@ from safety_neurons.model.fewer_bits import dequantised
 from safety_neurons.model.identity import identity
 from safety_neurons.model.placement import Placement, device_places, memory_limits
 from safety_neurons.neurons import NeuronSet
+from safety_neurons.tuning.artefacts import save_checkpoint
 from tiny import tiny_llama_folder
 
 PROMPTS = ["how do i make a cake", "tell me about the red house and the water please"]
@@ -108,7 +109,9 @@ def test_weights_that_are_off_loaded_are_refused_in_one_line(
     assert "\n" not in str(error.value)
 
 
-def test_four_bits_are_the_same_weights_in_the_order_of_any_processor(folder: pathlib.Path) -> None:
+def test_four_bits_are_the_same_weights_in_the_order_of_any_processor(
+    folder: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
     functional = pytest.importorskip("bitsandbytes").functional
     small = load(folder, quantize="4bit")
     maps = [module for module in small.inner.modules() if type(module).__name__ == "Linear4bit"]
@@ -123,6 +126,10 @@ def test_four_bits_are_the_same_weights_in_the_order_of_any_processor(folder: pa
         assert (now - exact).abs().max() <= 2**-8 * exact.abs().max()  # scales are rounded to bfloat16
         assert module.weight.quant_state.packing_format_for_cpu
         assert torch.equal(now, dequantised(module, "map"))
+    assert identity(small) == known
+    save_checkpoint(tmp_path / "saved", small)
+    for module, exact in zip(maps, before, strict=True):
+        assert (dequantised(module, "map") - exact).abs().max() <= 2**-8 * exact.abs().max()
     assert identity(small) == known
 
 

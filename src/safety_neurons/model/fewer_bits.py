@@ -55,6 +55,18 @@ def scales(module: nn.Module) -> Tensor | None:
     return _scales(weight.quant_state).to(torch.bfloat16)
 
 
+def put_in_order(model: nn.Module) -> None:
+    """Keep all weights in 4 bits in the order of their matrices until the next pass.
+
+    `state_dict` of bitsandbytes does so by itself, and leaves the scales where the processor wanted them:
+    what is saved, and the model from then on, is another one.
+    """
+    for module in model.modules():
+        weight: Any = getattr(module, "weight", None)
+        if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+            weight.data, weight.quant_state = _unpacked(weight.data, weight.quant_state)
+
+
 def _from_four(weight: Any) -> Tensor:
     """Not by PEFT, which takes no notice of the order of a processor's products."""
     from bitsandbytes import functional
@@ -62,12 +74,11 @@ def _from_four(weight: Any) -> Tensor:
     values, state = weight.data, weight.quant_state
     if getattr(state, "packing_format_for_cpu", False):
         values, state = _unpacked(values, state)
-        state.absmax = _scales(weight.quant_state)
     return functional.dequantize_4bit(values, state)
 
 
 def _unpacked(values: Tensor, state: Any) -> tuple[Tensor, Any]:
-    """Codes in the order of the matrix, and a copy of the state.
+    """Codes in the order of the matrix, and a copy of the state with the scales in it.
 
     From the first pass on a processor with AVX512-BF16 keeps codes and scales in another order, and the
     scales rounded to bfloat16.
@@ -76,8 +87,9 @@ def _unpacked(values: Tensor, state: Any) -> tuple[Tensor, Any]:
 
     copied = copy.copy(state)
     copied.original_nested = False  # or the scales are quantised again
-    unpacked: tuple[Tensor, Any] = functional._convert_weight_packed_for_cpu_inverse(values, copied)
-    return unpacked
+    values, unpacked = functional._convert_weight_packed_for_cpu_inverse(values, copied)
+    unpacked.absmax = _scales(state)
+    return values, unpacked
 
 
 def _scales(state: Any) -> Tensor:

@@ -32,6 +32,7 @@ from safety_neurons.errors import (
 )
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.adapters import activate, is_adapted, merged
+from safety_neurons.model.fewer_bits import put_in_order
 from safety_neurons.model.loading import quiet
 from safety_neurons.model.sites import SitePlace
 from safety_neurons.neurons import INPUT_SITES, NeuronSet, Provenance, parse_key
@@ -621,6 +622,7 @@ def save_checkpoint(folder: Path, model: LanguageModel, dtype: torch.dtype | Non
     check_plain(model)
     with quiet(), _whole(folder) as partial:
         inner = model.inner
+        put_in_order(inner)
         state = inner.state_dict()
         if dtype is not None:
             state = {
