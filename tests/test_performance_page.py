@@ -34,3 +34,11 @@ def test_measured_rows_of_the_page_are_those_of_the_records_and_no_peer_is_left_
     assert len(measured) > 40
     assert peers
     assert peers <= measured <= own | peers
+
+
+def test_what_two_processes_save_is_what_was_measured():
+    record = json.loads((ROOT / "benchmarks" / "results" / "processes.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+    for row in record["rows"]:
+        found = row["value"]
+        assert f"| {found['median']:.3f} [{found['low']:.3f}, {found['high']:.3f}] | ≥ 1.6 |" in page

@@ -22,9 +22,8 @@ def dequantised(base: nn.Module, name: str) -> Tensor:
     weight: Any = getattr(base, "weight", None)
     if type(weight).__name__ == "Int8Params":
         # Not by PEFT: on a CPU that leaves the weight without the scales its own product needs afterwards.
-        state: Any = base.state
-        scales = weight.SCB if state.SCB is None else state.SCB
-        eight: Tensor = weight.data * scales.to(weight.device).view(-1, 1) / 127
+        factors: Any = scales(base)
+        eight: Tensor = weight.data * factors.to(weight.device).view(-1, 1) / 127
         return eight
     if type(weight).__name__ == "Params4bit":
         return _from_four(weight)
