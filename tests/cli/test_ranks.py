@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -108,6 +109,8 @@ RUNS = tuple(
     or (verb.startswith("analyze ") and verb not in ("analyze layers", "analyze overlap"))
 )
 """Everything that several processes share."""
+SOME = ("find importance", "evaluate", "guard fit", "tune")
+"""One of each kind of share: sums, answers, rows, gradients."""
 AGAIN = ("find importance", "tune")
 """What goes on from what a killed process left."""
 
@@ -124,22 +127,15 @@ def wrong(pair) -> list[list[str]]:
     ]
 
 
-@pytest.fixture(scope="module")
-def scenes(tiny_pair, tmp_path_factory) -> dict[str, Scene]:
-    root = tmp_path_factory.mktemp("ranks")
+def pair_of(verbs: Sequence[str], root: pathlib.Path) -> list[Scene]:
+    """The same commands by one process and by two."""
     places = every_verb.inputs(root / "given")
-    commands = [every_verb.words_of(verb, places) for verb in RUNS]
-    again = [every_verb.words_of(verb, places) for verb in AGAIN]
-    scenes = [
-        Scene("one", 1, commands, root / "one"),
-        Scene("two", 2, commands, root / "two"),
-        Scene("wrong", 2, wrong(tiny_pair), root / "wrong"),
-        Scene("meeting", 2, again[:1], root / "meeting", dies=(1, 0)),
-        Scene("dying", 2, again[:1], root / "dying", dies=(1, 2)),
-        Scene("three", 3, again[:1], root / "dying"),
-        Scene("killed", 3, again[1:], root / "killed", dies=(0, 9)),
-        Scene("four", 4, again[1:], root / "killed"),
-    ]
+    commands = [every_verb.words_of(verb, places) for verb in verbs]
+    return [Scene("one", 1, commands, root / "one"), Scene("two", 2, commands, root / "two")]
+
+
+def played(scenes: list[Scene], root: pathlib.Path) -> dict[str, Scene]:
+    """Run the scenes, one after the other, each on the inputs or on what an earlier one left."""
     for scene in scenes:
         if not scene.folder.is_dir():
             shutil.copytree(root / "given", scene.folder)
@@ -159,20 +155,48 @@ def scenes(tiny_pair, tmp_path_factory) -> dict[str, Scene]:
     return {scene.name: scene for scene in scenes}
 
 
-@pytest.mark.whole
-def test_two_processes_write_the_bytes_of_one_and_one_of_them_speaks(scenes):
+@pytest.fixture(scope="module")
+def scenes(tiny_pair, tmp_path_factory) -> dict[str, Scene]:
+    root = tmp_path_factory.mktemp("ranks")
+    one, two = pair_of(SOME, root)
+    again = [[words] for verb, words in zip(SOME, one.lines, strict=True) if verb in AGAIN]
+    return played(
+        [
+            one,
+            two,
+            Scene("wrong", 2, wrong(tiny_pair), root / "wrong"),
+            Scene("meeting", 2, again[0], root / "meeting", dies=(1, 0)),
+            Scene("dying", 2, again[0], root / "dying", dies=(1, 2)),
+            Scene("three", 3, again[0], root / "dying"),
+            Scene("killed", 3, again[1], root / "killed", dies=(0, 9)),
+            Scene("four", 4, again[1], root / "killed"),
+        ],
+        root,
+    )
+
+
+def differing(scenes: dict[str, Scene], verbs: Sequence[str]) -> list[str]:
+    """Files that two processes did not write as one does; rank 0 alone has spoken."""
     one, two = scenes["one"], scenes["two"]
-    assert [said.code for said in one.said()] == [0] * len(RUNS), one.said()
+    assert [said.code for said in one.said()] == [0] * len(verbs), one.said()
     assert two.said() == one.said()
-    assert two.said(1) == [Outcome(0, "", "")] * len(RUNS)
-    outs = [every_verb.out_of(verb) for verb in RUNS]
+    assert two.said(1) == [Outcome(0, "", "")] * len(verbs)
+    outs = [every_verb.out_of(verb) for verb in verbs]
     expected, found = one.files(*outs), two.files(*outs)
-    assert {"verify-both/completions.jsonl", "guard-fit/guard/guard.json"} <= expected.keys() == found.keys()
-    assert "tune/adapter/adapter_model.safetensors" in expected
-    assert not [name for name, content in expected.items() if found[name] != content]
+    assert {"guard-fit/guard/guard.json", "tune/adapter/adapter_model.safetensors"} <= expected.keys()
+    assert expected.keys() == found.keys()
+    return [name for name, content in expected.items() if found[name] != content]
+
+
+def test_two_processes_write_the_bytes_of_one_and_one_of_them_speaks(scenes):
+    assert differing(scenes, SOME) == []
 
 
 @pytest.mark.whole
+def test_two_processes_write_the_bytes_of_one_by_every_verb_that_they_share(tmp_path):
+    assert differing(played(pair_of(RUNS, tmp_path), tmp_path), RUNS) == []
+
+
 def test_what_is_wrong_is_said_once(scenes):
     first, other = scenes["wrong"].said(), scenes["wrong"].said(1)
     assert [said.code for said in first] == [said.code for said in other] == [2, 2, 2, 1, 1]
@@ -182,7 +206,6 @@ def test_what_is_wrong_is_said_once(scenes):
     assert not any("mktemp" in said.err or "/tmp/safety-neurons" in said.err for said in first)
 
 
-@pytest.mark.whole
 @pytest.mark.parametrize(
     ("verb", "dying", "survivor", "then"), [(AGAIN[0], "dying", 0, "three"), (AGAIN[1], "killed", 1, "four")]
 )
@@ -199,13 +222,11 @@ def test_another_number_of_processes_goes_on_from_what_a_killed_one_left(scenes,
     assert not [name for name, content in found.items() if expected[name] != content]
 
 
-@pytest.mark.whole
 def test_what_a_killed_process_kept_aside_is_removed_at_the_next_start(scenes):
     assert [said.code for said in scenes["dying"].said()] == [1]
     assert [*(scenes["dying"].folder.parent / "aside").glob("safety-neurons-*")] == []
 
 
-@pytest.mark.whole
 def test_a_process_that_dies_while_it_meets_the_others_ends_them(scenes):
     (said,) = scenes["meeting"].said()
     assert (said.code, said.err.count("\n")) == (1, 1)
