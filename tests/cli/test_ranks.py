@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -28,6 +29,7 @@ import gc, json, os, pathlib, signal, sys
 here, tests, plan = json.loads(sys.argv[1])
 sys.path[:0] = tests
 from running import command
+from safety_neurons.cli import processes
 from safety_neurons.model import ranks
 
 def done(lines):
@@ -37,7 +39,7 @@ def share(scene, rank):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(scene["size"]))
     os.chdir(scene["folder"])
     said = []
-    kept = ranks._attempt
+    kept, speaks = ranks._attempt, processes.speaks
     if scene["dies"][0] >= 0 and not scene["dies"][1]:
         ranks.PATIENCE = 10.0
         if rank == scene["dies"][0]:
@@ -45,9 +47,14 @@ def share(scene, rank):
     def attempt(work, calls=[]):
         calls.append(work)
         if [rank, len(calls)] == scene["dies"]:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), scene["by"])
         return kept(work)
     ranks._attempt = attempt
+    def told_again():
+        if scene["dies"][0] >= 0:
+            os.kill(os.getpid(), signal.SIGTERM)  # a launcher's word, while the last line is on its way
+        return speaks()
+    processes.speaks = told_again
     for port, words in zip(scene["ports"], scene["lines"]):
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         said += done([words])
@@ -81,7 +88,8 @@ class Scene:
     lines: list[list[str]]
     folder: pathlib.Path
     dies: tuple[int, int] = (-1, 0)
-    """The rank that is killed, at its which share; at 0 while it meets the others."""
+    """The rank that a signal ends, at its which share; at 0 while it meets the others."""
+    by: int = signal.SIGKILL
 
     def plan(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "folder": str(self.folder), "ports": [port() for _ in self.lines]}
@@ -170,6 +178,7 @@ def scenes(tiny_pair, tmp_path_factory) -> dict[str, Scene]:
             Scene("three", 3, again[0], root / "dying"),
             Scene("killed", 3, again[1], root / "killed", dies=(0, 9)),
             Scene("four", 4, again[1], root / "killed"),
+            Scene("told", 2, again[0], root / "told", dies=(1, 2), by=signal.SIGTERM),
         ],
         root,
     )
@@ -220,6 +229,16 @@ def test_another_number_of_processes_goes_on_from_what_a_killed_one_left(scenes,
     expected, found = scenes["one"].files(out), scenes[then].files(out)
     assert expected.keys() == found.keys()
     assert not [name for name, content in found.items() if expected[name] != content]
+
+
+def test_a_process_that_is_told_to_end_names_the_folder_of_rank_0(scenes):
+    (said,), (other,) = scenes["told"].said(1), scenes["told"].said()
+    place = every_verb.out_of(AGAIN[0])
+    assert said.code == 128 + signal.SIGINT
+    assert "interrupted: nothing finished is lost; the same command with --out " in said.err
+    assert f"{place} continues" in said.err
+    assert "aside" not in said.err
+    assert (other.code, other.err) == (1, "")
 
 
 def test_what_a_killed_process_kept_aside_is_removed_at_the_next_start(scenes):

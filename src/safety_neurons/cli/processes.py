@@ -25,8 +25,8 @@ TOGETHER = frozenset(
 """Verbs, or groups of verbs, whose batches several processes share."""
 _OWN: list[Any] = []
 """This process's standard output and error, while nothing may be said on them."""
-_PLACES: list[str] = []
-"""Temporary folders to remove."""
+_PLACES: dict[str, str] = {}
+"""Temporary folders to remove, with the folder of rank 0 that each stands for."""
 _PLACE = "safety-neurons-"
 _ASIDE = ".aside"
 """Marks such a folder: nothing else is ever removed, whatever it is called."""
@@ -72,8 +72,14 @@ def meet(words: str, device_map: str | None = None) -> None:
 
 def _told_to_end(*_: object) -> None:
     """What a launcher sends when another process has died: end as if interrupted, so that work is kept."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    ending()
     raise KeyboardInterrupt
+
+
+def ending() -> None:
+    """From here on a launcher's word to end changes nothing: what is kept and said at the end is."""
+    if signal.getsignal(signal.SIGTERM) is _told_to_end:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _ranks() -> Any:
@@ -106,7 +112,7 @@ def gone() -> str | None:
 def part(exit_code: int = 0) -> None:
     """Part from the others at the end of a command."""
     while _PLACES:
-        shutil.rmtree(_PLACES.pop(), ignore_errors=True)
+        shutil.rmtree(_PLACES.popitem()[0], ignore_errors=True)
     ranks = _ranks()
     if ranks is not None and ranks.waiting():  # A thread that waits for the others may do so for ever.
         sys.stdout.flush()
@@ -114,6 +120,11 @@ def part(exit_code: int = 0) -> None:
         os._exit(exit_code)
     if ranks is not None:
         ranks.leave()
+
+
+def place_of(folder: pathlib.Path) -> str:
+    """The folder of the run in rank 0, as it was named there."""
+    return _PLACES.get(str(folder), str(folder))
 
 
 def folder(opened: Callable[[pathlib.Path], Any], out: Callable[[], pathlib.Path]) -> Any:
@@ -128,18 +139,18 @@ def folder(opened: Callable[[pathlib.Path], Any], out: Callable[[], pathlib.Path
         return opened(out())
     runs: list[Any] = []
 
-    def first() -> dict[str, bytes]:
+    def first() -> tuple[str, dict[str, bytes]]:
         runs.append(opened(out()))
-        return _content(runs[0])
+        return str(runs[0].folder), _content(runs[0])
 
-    files = ranks.once(first)
+    named, files = ranks.once(first)
     if runs:
         return runs[0]
     from safety_neurons.results.run import Lock
 
     _remove_left()
     place = pathlib.Path(tempfile.mkdtemp(prefix=_PLACE))
-    _PLACES.append(str(place))
+    _PLACES[str(place)] = named
     lock = Lock(place)
     lock.take()  # Before it is marked: what is marked and has no holder is removed.
     (place / _ASIDE).touch()

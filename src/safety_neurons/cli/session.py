@@ -325,11 +325,14 @@ class Session:
         try:
             result = work()
         except KeyboardInterrupt:
+            processes.ending()
             self.folder.abandon()
+            place = processes.place_of(self.folder.folder)
             raise KeyboardInterrupt(
-                f"nothing finished is lost; the same command with --out {self.folder.folder} continues"
+                f"nothing finished is lost; the same command with --out {place} continues"
             ) from None
         except BaseException:
+            processes.ending()
             self.folder.abandon()
             raise
         of_models = [note for model in self.models for note in model.notes]

@@ -267,7 +267,7 @@ def _run_guarded(call: Callable[[], dict[str, Any] | None], *, as_json: bool, de
     except KeyboardInterrupt as error:
         gone = processes.gone()
         why = "interrupted" if gone is None else f"{gone} has ended"
-        message = f"{why}: {error or 'nothing was started'}"
+        message = f"{why}: {str(error) or 'nothing finished is lost'}"
         fail(message, 1 if gone else 128 + signal.SIGINT, error, as_json=as_json, debug=debug)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), console.streams().out.fileno())
@@ -291,6 +291,7 @@ def is_usage(error: Exception) -> bool:
 
 def fail(message: str, exit_code: int, error: BaseException, *, as_json: bool, debug: bool) -> NoReturn:
     """Say one line (or one JSON object) and exit; of several processes one says it."""
+    processes.ending()
     if not processes.speaks():
         processes.part(exit_code)
         raise SystemExit(exit_code)
