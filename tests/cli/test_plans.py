@@ -121,6 +121,18 @@ def test_a_plan_with_a_tokenizer_counts_its_tokens_and_a_pair_counts_twice(tmp_p
     assert "measured" in said.out
 
 
+def test_a_known_truth_is_one_more_set_patched_and_off(
+    shape: pathlib.Path, neurons: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    words = ("compare", "--base", shape, "--aligned", shape, "--limit", "4", "--methods", "weight-change")
+    plain = done(*words, "--random", "2", "--dry-run")
+    known, more = (
+        done(*words, "--random", random, *truth, "--dry-run")
+        for random, *truth in (("2", "--truth", neurons), ("3",))
+    )
+    assert known["new_tokens"] == more["new_tokens"] > plain["new_tokens"]
+
+
 def test_what_a_model_is_too_large_for_is_said(shape: pathlib.Path, tmp_path: pathlib.Path) -> None:
     large = {**CONFIG, "hidden_size": 2**18, "intermediate_size": 2**20, "num_hidden_layers": 40}
     (tmp_path / "config.json").write_text(json.dumps(large), encoding="utf-8")

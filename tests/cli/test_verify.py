@@ -277,6 +277,15 @@ def test_compare_measures_recall_of_a_planted_truth_in_units(tiny_pair, tmp_path
     ]  # no method is told where the truth lies
     assert {row["n_units"] for row in result["methods"]} == {3}
     assert all(row["recall"] in (0, 1 / 3, 2 / 3, 1) for row in result["methods"])
+    row = result["truth"]
+    assert (row["method"], row["n_units"], row["recall"], row["seconds"]) == ("truth", 3, 1, 0)
+    assert row.keys() == result["methods"][0].keys()
+    shown = command(*words, "--out", tmp_path / "shown").out
+    assert re.search(r"^truth +3 +", shown, re.MULTILINE)
+    assert "the planted truth itself (3 units) restores" in " ".join(shown.split())
+    page = tmp_path / "report.html"
+    done("report", tmp_path / "run", "--out", page)
+    assert "the planted truth itself" in page.read_text(encoding="utf-8")
 
 
 def test_a_killed_comparison_takes_up_the_methods_that_were_done(tiny_pair, tmp_path, monkeypatch):

@@ -10,14 +10,15 @@ import torch
 
 from conforming import misfits
 from families import build, sibling
-from safety_neurons.errors import UnsupportedModelError, UsageError
+from safety_neurons.errors import RunError, UnsupportedModelError, UsageError
 from safety_neurons.interventions import deactivated
 from safety_neurons.judges import judge_refusal
 from safety_neurons.model import LanguageModel, load_pair
 from safety_neurons.neurons import SITES, NeuronSet, Scores
 from safety_neurons.prompt_lists import Prompts
+from safety_neurons.results.estimates import MANY
 from safety_neurons.results.measured import ComparisonRecord
-from safety_neurons.studies import comparison
+from safety_neurons.studies import comparison, verify_deactivate, verify_patch
 from safety_neurons.studies.comparison import compare, unit_recall, whole_units
 from tiny import CHAT_TEMPLATE, tiny_tokenizer
 from tiny_pair import HARMFUL, HARMLESS
@@ -169,6 +170,87 @@ def test_random_sets_are_made_of_what_the_truth_is_made_of(pair, prompts, monkey
     assert [row.neurons.counts() for row in found.methods[1:]] == [truth.counts()] * 3
     assert [row.control["like"] for row in found.methods[1:]] == ["truth"] * 3
     assert [row.recall for row in found.methods[1:]] == [0.0] * 3
+
+
+FIVE = ["weight-magnitude", "weight-change", "activation-magnitude", "refusal-direction", "effect-size"]
+TRUTH = {"layers.0.up": [3, 9], "layers.0.down": [3], "layers.1.gate": [40], "layers.1.v": [2]}
+
+
+@pytest.fixture(scope="module")
+def known(pair, prompts):
+    """A comparison with a truth of four units, of as many methods as need no correction."""
+    return compare(
+        *(pair.base, pair.aligned, *prompts),
+        find_prompts=prompts[0],
+        find_harmless=prompts[1],
+        truth=NeuronSet(TRUTH, pair.base.table),
+        methods=FIVE,
+        random=3,
+        **OPTIONS,
+    )
+
+
+def test_the_truth_is_measured_as_its_set_is_by_verify(known, pair, prompts):
+    row, truth = known.truth, whole_units(NeuronSet(TRUTH, pair.base.table), SITES)
+    assert misfits(known.record(), ComparisonRecord) == []
+    assert (row.method, row.recall, row.n_units, row.seconds, row.control) == ("truth", 1.0, 4, 0.0, None)
+    assert row.neurons == truth
+    patched = verify_patch(pair.base, pair.aligned, truth, *prompts, random=0, **OPTIONS)
+    off = verify_deactivate(pair.aligned, truth, *prompts, random=0, **OPTIONS)
+    assert row.causal_effect == patched.causal_effect
+    assert row.harmful_refused == patched.treated.harmful_refused
+    assert row.harmless_refused == patched.treated.harmless_refused
+    assert row.complied_off == off.treated.harmful_complied
+    assert row.necessity.value == (None if off.change.value is None else -off.change.value)
+    assert row.loss == off.points[0].loss
+
+
+def test_the_truth_is_no_method(known):
+    assert [row.method for row in known.methods] == [*FIVE, *(f"random {number}" for number in range(3))]
+    assert all("truth" not in one["methods"] for one in known.agreement)
+    rows = [*known.methods[:5], known.truth]
+    told = [one for row in rows for one in (row.against_random, row.necessity_against_random)]
+    assert len(told) == MANY + 2
+    assert all(one.p is not None and one.p_holm is None for one in told)  # ten are not corrected, twelve are
+
+
+def test_a_comparison_without_a_truth_has_none(compared):
+    assert compared.truth is None
+    assert compared.record()["truth"] is None
+
+
+def test_of_a_truth_the_part_at_the_searched_sites_is_measured_and_one_without_is_refused(pair, prompts):
+    options = {"find_prompts": prompts[0], "methods": ["weight-magnitude"], "random": 1, **OPTIONS}
+    truth = NeuronSet(TRUTH, pair.base.table)
+    part = compare(pair.base, pair.aligned, *prompts, truth=truth, sites=["up", "down"], **options)
+    assert (part.budget, part.truth.n_units, part.truth.recall) == (4, 3, 0.75)
+    assert {key.rsplit(".", 1)[1] for key in part.truth.neurons.keys()} == {"up", "down"}  # noqa: SIM118 - not a mapping
+    with pytest.raises(UsageError, match="no neuron at the sites q, k"):
+        compare(pair.base, pair.aligned, *prompts, truth=NeuronSet({"layers.1.up": [3]}, pair.base.table),
+                sites=["q", "k"], **options)  # fmt: skip
+
+
+def test_a_comparison_goes_on_with_the_answers_of_the_same_truth_alone(pair, prompts, tmp_path):
+    def run(members):
+        return compare(
+            *(pair.base, pair.aligned, *prompts),
+            find_prompts=prompts[0],
+            truth=NeuronSet(members, pair.base.table),
+            methods=["weight-magnitude"],
+            random=1,
+            completions_file=tmp_path / "completions.jsonl",
+            place=tmp_path.joinpath,
+            **OPTIONS,
+        )
+
+    first = run(TRUTH)
+    arms = {one.arm for one in first.bench.completions}
+    assert arms >= {"truth/harmful", "truth/harmless", "truth deactivated/harmful"}
+    again = run(TRUTH)
+    assert again.bench.answers.new == 0
+    assert again.record() == first.record()
+    with pytest.raises(RunError, match="different truth"):
+        run({**TRUTH, "layers.1.v": [3]})
 
 
 def test_the_ceiling_of_adapters_on_down_restores_the_aligned_answers(compared):

@@ -42,8 +42,8 @@ def row(method, recall, effect, refused=0.0, seconds=1.0):
     )
 
 
-def entry(name, kind, share, *rows):
-    return Entry(name, kind, share, made(Comparison, methods=rows))
+def entry(name, kind, share, *rows, truth=None):
+    return Entry(name, kind, share, made(Comparison, methods=rows, truth=truth))
 
 
 ENTRIES = [
@@ -65,7 +65,9 @@ ENTRIES = [
         row("random 0", None, None),
     ),
     entry("natural-1", "natural", 0.05, row("a", None, 1.0), row("b", None, 0.9)),
-    entry("planted-0", "planted", 0.01, row("a", 0.6, None), row("b", 1.0, 0.0)),
+    entry(
+        "planted-0", "planted", 0.01, row("a", 0.6, None), row("b", 0.99, 0.0), truth=row("truth", 1.0, 1.0)
+    ),
     entry("planted-1", "planted", 0.03, row("a", 0.8, None), row("b", 0.9, 0.0)),
 ]
 
@@ -81,12 +83,12 @@ def test_means_are_over_organisms_and_the_worst_is_the_least_good():
     assert random.by_organism == {"natural-0": pytest.approx(0.2), "natural-1": None}
     assert random.mean == pytest.approx(0.2)
     assert found["natural 0.02", "harmless_refused", "a"].worst == 0.2
-    assert found["planted", "recall", "b"].mean == pytest.approx(0.95)
+    assert found["planted", "recall", "b"].mean == pytest.approx(0.945)
     assert found["planted", "causal_effect", "a"].mean is None
     assert ("natural 0.02", "recall", "a") not in found
 
 
-def test_the_leader_of_a_row_has_its_best_mean_and_random_sets_lead_nothing():
+def test_the_leader_of_a_row_has_its_best_mean_and_random_sets_and_the_truth_lead_nothing():
     ranking = Ranking(tuple(ENTRIES), tuple(standings(ENTRIES)))
     leaders = {(one["group"], one["measure"]): one["methods"] for one in ranking.leaders}
     assert leaders["natural 0.02", "causal_effect"] == ["b"]
@@ -95,7 +97,8 @@ def test_the_leader_of_a_row_has_its_best_mean_and_random_sets_lead_nothing():
     assert leaders["natural 0.02", "harmless_refused"] == ["b"]
     assert ("planted", "seconds") not in leaders
     order = [one.method for one in ranking.standings if (one.group, one.measure) == ("planted", "recall")]
-    assert order == ["b", "a"]
+    assert order == ["truth", "b", "a"]
+    assert leaders["planted", "causal_effect"] == ["b"]
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +151,7 @@ def test_scores_are_found_once_for_all_budgets_and_a_second_run_finds_nothing_ag
     assert calls == OPTIONS["methods"]
     again = rank([folder], place=tmp_path.joinpath, **OPTIONS)
     assert misfits(again.record(), RankingRecord) == []
+    assert {entry.comparison.truth for entry in again.entries} == {None}
     assert calls == OPTIONS["methods"]
     assert json.dumps(again.record(), sort_keys=True, default=str) == json.dumps(
         first.record(), sort_keys=True, default=str

@@ -308,7 +308,7 @@ def _compare(planner: Planner) -> "list[Work]":
         others = planner.lengths("find_harmless") if method.HARMLESS != "none" else ()
         others += planner.lengths("find_general") if method.GENERAL != "none" else ()
         works += planner.found(method, planner.lengths("prompts") if method.PROMPTS else (), others)
-    rows = len(names) + options["random"] + 1
+    rows = len(names) + options["random"] + 1 + (options["truth"] is not None)  # and the ceiling
     return [
         *works,
         planner.asked(2 + rows, "harmful", "harmless"),

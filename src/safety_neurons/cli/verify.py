@@ -258,7 +258,7 @@ class KnownTruth(Declaration):
     """What is known of the neurons."""
 
     truth: NeuronFile | None = None
-    """Neuron file of the planted truth; the budget is then its number of units."""
+    """Neuron file of the planted truth: its number of units is the budget, and it has a row of its own."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,17 +1,19 @@
 """What compare found: methods at one budget on one pair of models, and ranked over several organisms."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from markupsafe import Markup
 
 from safety_neurons.display.charts import (
+    INK,
     SOFT,
     DotRow,
     agreement_figure,
     look,
 )
+from safety_neurons.display.losses import became, instead_table, remains
 from safety_neurons.display.parts import (
     CAUTION,
     FACT,
@@ -47,9 +49,11 @@ from safety_neurons.display.text import (
 )
 from safety_neurons.results import captioned
 
+ALIGNED = "the aligned model"
+
 
 def methods_of(result: Mapping[str, Any]) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
-    """Rows of real methods, largest effect first, and rows of random sets."""
+    """Rows of real methods, largest effect first, and rows of random sets; the truth is neither."""
     real = [row for row in result["methods"] if not str(row["method"]).startswith("random")]
     chance = [row for row in result["methods"] if str(row["method"]).startswith("random")]
 
@@ -60,8 +64,17 @@ def methods_of(result: Mapping[str, Any]) -> tuple[list[Mapping[str, Any]], list
     return sorted(real, key=order), chance
 
 
+def truth_of(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The row of the planted truth, where there is one: runs of earlier versions have none."""
+    return [result["truth"]] if result.get("truth") else []
+
+
+def _label(row: Mapping[str, Any]) -> str:
+    return visible(row["method"], 40)
+
+
 def methods_table(run: ReportedRun) -> Table:
-    """Every row of a comparison."""
+    """Every row of a comparison: methods, the truth, random sets."""
     result = run.result
     real, chance = methods_of(result)
     known = any(row["recall"] is not None for row in result["methods"])
@@ -69,7 +82,7 @@ def methods_table(run: ReportedRun) -> Table:
     harm = all("harmful_complied" in row for row in result["methods"])
     rows = [
         [
-            visible(row["method"], 40),
+            _label(row),
             count(row["n_units"]),
             count(row["n_neurons"]),
             *([number(row["recall"])] if known else []),
@@ -81,7 +94,7 @@ def methods_table(run: ReportedRun) -> Table:
             *([interval(row["complied_off"])] if harm else []),
             duration(row["seconds"]) if row["seconds"] else NONE,
         ]
-        for row in [*real, *chance]
+        for row in [*real, *truth_of(result), *chance]
     ]
     columns = [
         "method",
@@ -139,7 +152,7 @@ def compare_part(run: ReportedRun) -> DisplayPart:
         lead += say("; all their parameters {}", interval(result["ceiling_by_parameters_effect"]))
     lead += Markup(".")
     names = [visible(row["method"], 40) for row in real]
-    rows, domain = _interval_rows(real, chance, names, "causal_effect")
+    rows, domain = _interval_rows(result, names, "causal_effect")
     ceiling = result["ceiling_effect"]
     caption = Markup(
         "<b>Causal effect</b> of each method’s set; bars are 95\u00a0% intervals, ticks single random sets"
@@ -148,7 +161,7 @@ def compare_part(run: ReportedRun) -> DisplayPart:
     caption += say(line, interval(ceiling)) if ceiling["value"] is not None else Markup(".")
     drawn = {"domain": domain, "reference": ceiling["value"]}
     figures = [dots_of(rows, "causal effect", caption, "Causal effect at equal budget", **drawn)]
-    rows, domain = _interval_rows(real, chance, names, "necessity")
+    rows, domain = _interval_rows(result, names, "necessity")
     caption = Markup(
         "<b>Refusals lost when off</b>: share of harmful requests that the aligned model no longer "
         "refuses while the set is "
@@ -161,19 +174,25 @@ def compare_part(run: ReportedRun) -> DisplayPart:
         figures.append(_recall(real, chance, names))
     if result["agreement"]:
         figures.append(_agreement(result, names))
+    told = [(_label(row), row.get("loss")) for row in [*real, *truth_of(result), *chance]]
+    tables = [methods_table(run), *instead_table(told, "method", ALIGNED)]
     details = [agreement_table(run)] if result["agreement"] else []
-    return DisplayPart(heading, lead, figures, [methods_table(run)], details)
+    return DisplayPart(heading, lead, figures, tables, details)
 
 
 def _interval_rows(
-    real: Sequence[Mapping[str, Any]], chance: Sequence[Mapping[str, Any]], names: Sequence[str], measure: str
+    result: Mapping[str, Any], names: Sequence[str], measure: str
 ) -> tuple[list[DotRow], tuple[float, float]]:
-    """One row a method with its interval, one for the random sets, and the axis that holds them all."""
+    """One row a method with its interval, one for the truth, one for the random sets, and the axis that holds
+    them all.
+    """
+    real, chance = methods_of(result)
     dots = [entry[measure]["value"] for entry in chance if entry[measure]["value"] is not None]
     rows = [
         estimate_row(label, entry[measure], look(label, names))
         for label, entry in zip(names, real, strict=True)
     ]
+    rows += [estimate_row(_label(entry), entry[measure], (INK, "square")) for entry in truth_of(result)]
     rows += random_row(dots)
     ends = [end for row in rows for end in (row.low, row.high) if end is not None]
     return rows, (max(min([0.0, *ends, *dots]), -1.0) - 0.04, min(max([1.0, *ends]), 2.0) + 0.04)
@@ -222,7 +241,9 @@ def _agreement(result: Mapping[str, Any], names: Sequence[str]) -> Figure:
 
 
 def compare_findings(run: ReportedRun) -> list[Finding]:
-    """Which set is needed most, which restores most, and which do no more than chance."""
+    """What the truth can do at all, which set is needed most, which restores most, and which do no more than
+    chance.
+    """
     result = run.result
     real, chance = methods_of(result)
     pair = say("On {}", name(run.model))
@@ -234,13 +255,12 @@ def compare_findings(run: ReportedRun) -> list[Finding]:
         count(result["n_units"]),
         share(result["budget"] / result["n_units"]),
     )
+    known = list(_truth(pair, result, chance))
     if not defined:
         why = real[0]["causal_effect"].get("why") if real else "no method was run"
-        return [
-            Finding(
-                OPEN, say("{} the methods cannot be compared by causal effect: {}.", pair, visible(why, 300))
-            )
-        ]
+        text = "{} the methods cannot be compared by causal effect: {}."
+        needed = _most_necessary(pair, budget, real, chance) if real else []
+        return [Finding(OPEN, say(text, pair, visible(why, 300))), *known, *needed]
     best = defined[0]
     ceiling = result["ceiling_effect"]
     if ceiling["low"] is not None and ceiling["low"] <= 0:
@@ -251,7 +271,7 @@ def compare_findings(run: ReportedRun) -> list[Finding]:
         sentences.append(Finding(NO, say(text, pair, interval(ceiling))))
     if result.get("ceiling_why"):
         sentences.append(Finding(CAUTION, say("{}.", visible(result["ceiling_why"], 500))))
-    sentences.append(_most_necessary(pair, budget, real, chance))
+    sentences += [*known, *_most_necessary(pair, budget, real, chance)]
     text = say(
         "{}, at {}, <b>{}</b> has the largest causal effect: {}",
         pair,
@@ -296,24 +316,83 @@ def compare_findings(run: ReportedRun) -> list[Finding]:
     return sentences
 
 
+def _truth(pair: Markup, result: Mapping[str, Any], chance: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
+    """What the planted truth itself does, which no method can be asked to exceed."""
+    for row in truth_of(result):
+        seen = above_random(row, "against_random") or _needed(row)
+        text = say(
+            "{}, the planted truth itself ({}) restores {} of the difference, and with it off {} of the "
+            "harmful requests are no longer refused{}: ",
+            pair,
+            plural(row["n_units"], "unit"),
+            interval(row["causal_effect"]),
+            interval(row["necessity"]),
+            _luck(chance),
+        )
+        reason = why_not(row["against_random"])
+        text += (
+            Markup("so much can be seen at this budget.")
+            if seen
+            else say("neither is shown to be more than chance{}; effects rank no method here.", reason)
+        )
+        yield Finding(FACT if seen else NO, text + became(row["loss"], ALIGNED))
+        if row["n_units"] != result["budget"]:
+            size = "The truth has {} units at the searched sites, the sets {}: {}."
+            more = row["n_units"] > result["budget"]
+            why = "none of them can hold it" if more else "the rest of it lies where no method searches"
+            yield Finding(CAUTION, say(size, count(row["n_units"]), count(result["budget"]), why))
+
+
+def _needed(row: Mapping[str, Any]) -> bool:
+    """Whether the aligned model clearly loses refusals with the set off, and not to broken answers."""
+    return above_random(row, "necessity_against_random") and remains(row.get("loss"))
+
+
+def _luck(chance: Sequence[Mapping[str, Any]]) -> Markup:
+    luck = [row["necessity"]["value"] for row in chance if row["necessity"]["value"] is not None]
+    return say(" (random sets up to {})", number(max(luck))) if luck else Markup("")
+
+
 def _most_necessary(
     pair: Markup, budget: Markup, real: Sequence[Mapping[str, Any]], chance: Sequence[Mapping[str, Any]]
-) -> Finding:
-    """Which set costs the aligned model most refusals while it is off."""
-    known = [row for row in real if row["necessity"]["value"] is not None]
-    if not known:
-        return Finding(OPEN, say("{}, no refusal could be scored while the sets were off.", pair))
-    best = max(known, key=lambda row: row["necessity"]["value"])
-    luck = [row["necessity"]["value"] for row in chance if row["necessity"]["value"] is not None]
-    beside = say(" (random sets up to {})", number(max(luck))) if luck else Markup("")
-    text = (
-        "{}, at {}, the set of <b>{}</b> is the most necessary: with it off, {} of the harmful requests "
-        "are no longer refused{}."
-    )
-    kind = FACT if above_random(best, "necessity_against_random") else NO
-    return Finding(
-        kind, say(text, pair, budget, visible(best["method"], 40), interval(best["necessity"]), beside)
-    )
+) -> list[Finding]:
+    """Which set costs the aligned model most refusals while it is off, and which sets only break it."""
+    broken = [row for row in real if (row.get("loss") or {}).get("breaks")]
+    sound = [row for row in real if row not in broken and row["necessity"]["value"] is not None]
+    needed = [row for row in sound if _needed(row)]
+    made = []
+    if best := max(needed or sound, key=lambda row: row["necessity"]["value"], default=None):
+        text = (
+            "{}, at {}, the set of <b>{}</b> is the most necessary: with it off, {} of the harmful requests "
+            "are no longer refused{}."
+            if needed
+            else "{}, at {}, no set is shown to be necessary; most is lost without that of <b>{}</b>: {} of "
+            "the harmful requests are no longer refused{}."
+        )
+        shown = say(text, pair, budget, _label(best), interval(best["necessity"]), _luck(chance))
+        made.append(Finding(FACT if needed else NO, shown + became(best.get("loss"), ALIGNED)))
+    elif not broken:
+        made.append(Finding(OPEN, say("{}, no refusal could be scored while the sets were off.", pair)))
+    if broken:
+        text = "{}, with these sets off the aligned model is broken, and refusals lost there say nothing: {}."
+        each = Markup("; ").join(
+            say("<b>{}</b> ({})", _label(row), visible(row["loss"]["breaks"], 200)) for row in broken
+        )
+        made.append(Finding(CAUTION, say(text, pair, each)))
+    lost = [row for row in sound if above_random(row, "necessity_against_random") and row not in needed]
+    if lost:
+        text = "{}, the loss of refusals without these sets is one that broken answers explain: {}."
+        each = Markup("; ").join(
+            say(
+                "<b>{}</b> ({}, {} where these count as no change)",
+                _label(row),
+                interval(row["necessity"]),
+                interval(row["loss"]["sound"]),
+            )
+            for row in lost
+        )
+        made.append(Finding(CAUTION, say(text, pair, each)))
+    return made
 
 
 def compare_tile(run: ReportedRun) -> Tile:
@@ -348,7 +427,8 @@ DRAWN = {
 }
 
 
-CHANCE = "random"
+CHANCE, TRUTH = "random", "truth"
+"""What is no method, among the methods of a ranking."""
 
 
 def ranking_part(run: ReportedRun) -> DisplayPart:
@@ -375,7 +455,11 @@ def ranking_part(run: ReportedRun) -> DisplayPart:
 
 
 def _ranked_figure(group: str, measure: str, rows: Sequence[Mapping[str, Any]]) -> Figure | None:
-    known = [row for row in rows if row["measure"] == measure and row["mean"] is not None]
+    known = [
+        row
+        for row in rows
+        if row["measure"] == measure and row["mean"] is not None and row["method"] != TRUTH
+    ]
     if not known or (measure != "recall" and group == "planted"):
         return None
     names = [visible(row["method"], 40) for row in known]
@@ -404,7 +488,7 @@ def _group(group: str) -> str:
 def _table(group: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     measures = list(dict.fromkeys(str(row["measure"]) for row in rows))
     cells = {(row["method"], row["measure"]): row for row in rows}
-    methods = list(dict.fromkeys(row["method"] for row in rows))
+    methods = sorted(dict.fromkeys(row["method"] for row in rows), key=(TRUTH, CHANCE).__contains__)
     shown: list[Sequence[Cell]] = [
         [visible(method, 40), *(_mean(cells.get((method, measure))) for measure in measures)]
         for method in methods

@@ -3,7 +3,7 @@
 A judge cannot tell which treatment a completion comes from.
 """
 
-from safety_neurons.judges.going_along import GoesAlongJudge
+from safety_neurons.judges.going_along import GoesAlongJudge, broken
 from safety_neurons.judges.judgement import (
     Case,
     FunctionJudge,
@@ -52,6 +52,7 @@ __all__ = [
     "StringJudge",
     "agreement",
     "answer_of",
+    "broken",
     "harm_verdict",
     "judge",
     "judge_compliance",

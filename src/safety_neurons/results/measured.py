@@ -26,6 +26,8 @@ class ArmRecord(TypedDict):
     perplexity: float | None
     divergence: float | None
     """KL(untreated ‖ treated) per token, in nats."""
+    harmful_broken: EstimateRecord | None
+    """Answers to harmful requests that are none: nothing to judge, or words that repeat themselves."""
     harm_judge: str
     """Name and version of the judge of harm."""
     repetition: EstimateRecord | None
@@ -36,6 +38,25 @@ class ArmRecord(TypedDict):
     """Answers to harmful and harmless requests that were cut at the limit of tokens."""
     lengths: list[LengthRecord]
     """The length curve; empty where none was asked for."""
+
+
+class LossRecord(TypedDict):
+    """What became of the harmful requests that a model refuses, while neurons are off: shares of a whole."""
+
+    refused: EstimateRecord
+    """Refused still."""
+    harm: EstimateRecord
+    """Answered with harm."""
+    broken: EstimateRecord
+    """Nothing to judge, or words that repeat themselves."""
+    neither: EstimateRecord
+    """Answered without harm."""
+    more_broken: DifferenceRecord
+    """Broken answers to all harmful requests, off minus as it is, paired."""
+    sound: DifferenceRecord
+    """Refusals lost, paired, where a broken answer counts as no change."""
+    breaks: str | None
+    """How the model is broken, so that lost refusals say nothing."""
 
 
 class ControlRecord(TypedDict):
@@ -70,7 +91,11 @@ class SizeRecord(TypedDict):
     random_sets: list[ControlRecord]
     causal_effect: EffectRecord
     random_effects: list[EffectRecord]
+    change: DifferenceRecord
+    """Refusals of harmful requests, treated minus untreated, paired."""
     change_against_random: DifferenceRecord | None
+    loss: LossRecord | None
+    """Of a set that is off."""
 
 
 class VerificationRecord(TypedDict):
@@ -186,6 +211,8 @@ class MethodRecord(TypedDict):
     complied_off: EstimateRecord
     """Answers of the aligned model that do harm while the set is off."""
     necessity: DifferenceRecord
+    loss: LossRecord
+    """What came in the place of the refusals."""
     against_random: DifferenceRecord | None
     necessity_against_random: DifferenceRecord | None
     seconds: float
@@ -213,6 +240,8 @@ class ComparisonRecord(CeilingRecord):
     aligned: ArmRecord
     ceiling_effect: EffectRecord
     methods: list[MethodRecord]
+    truth: MethodRecord | None
+    """The planted truth as a set, where it is known."""
     agreement: list[AgreementRecord]
 
 

@@ -16,7 +16,7 @@ from safety_neurons.capability import divergence
 from safety_neurons.capability.measures import measure_perplexity
 from safety_neurons.errors import RunError
 from safety_neurons.guard import Guard
-from safety_neurons.judges import HARM_JUDGE, GoesAlongJudge, Judge, judge_refusal
+from safety_neurons.judges import HARM_JUDGE, GoesAlongJudge, Judge, broken, judge_refusal
 from safety_neurons.judges import judge as judge_of
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.batches import BatchSize
@@ -275,6 +275,10 @@ class ArmOutcome(Recorded[ArmRecord]):
     """The same for the harmless prompts."""
     complied: tuple[bool | None, ...] = dataclasses.field(kw_only=True, metadata=called(None))
     """The judge of harm's verdict on every harmful prompt, in order."""
+    harmful_broken: Rate | None = dataclasses.field(default=None, kw_only=True)
+    """Share of the completions of harmful requests that are no answers (`judges.broken`)."""
+    broken: tuple[bool, ...] = dataclasses.field(default=(), kw_only=True, metadata=called(None))
+    """Whether each is none, in order."""
     harm_judge: str = dataclasses.field(default=HARM_JUDGE, kw_only=True)
     """Its name and version."""
     repetition: Rate | None = dataclasses.field(default=None, kw_only=True)
@@ -296,12 +300,13 @@ def _repeated(completion: Completion) -> float | None:
 
 
 @dataclasses.dataclass(frozen=True)
-class BothVerdicts:
-    """Answers to harmful requests, whether each refuses, and whether it does harm; None is unscored."""
+class JudgedAnswers:
+    """Answers to harmful requests, whether each refuses, does harm (None is unscored), and is none at all."""
 
     completions: Completions
     refused: Verdicts
     complied: Verdicts
+    broken: Sequence[bool]
 
 
 @dataclasses.dataclass
@@ -413,6 +418,8 @@ class Bench:
             tuple(harmless),
             harmful_complied=rate(complied, groups),
             complied=tuple(complied),
+            harmful_broken=rate(answers.broken, groups),
+            broken=tuple(answers.broken),
             harm_judge=self.harm.name,
             repetition=rate([_repeated(one) for one in every], [*groups, *self.harmless.groups]),
             perplexity_rate=text,
@@ -439,7 +446,7 @@ class Bench:
             harm_judge=self.harm.name,
         )
 
-    def answered(self, arm: Arm, seed: int | None = None) -> "BothVerdicts":
+    def answered(self, arm: Arm, seed: int | None = None) -> JudgedAnswers:
         """The arm's answers to the harmful prompts, in order, with what both judges say.
 
         Completions are kept with both verdicts.
@@ -450,7 +457,8 @@ class Bench:
         cache = None if kept is None else cast(pathlib.Path, self.completions_file).with_name(kept)
         harm = self.harm.judge(refusal.completions, cache=cache)
         self.answers.judged(harm.completions)
-        return BothVerdicts(harm.completions, refusal.refused, harm.harmful)
+        answers = harm.completions
+        return JudgedAnswers(answers, refusal.refused, harm.harmful, [broken(one) for one in answers])
 
     def refused(self, arm: Arm, kind: str = "harmful") -> Verdicts:
         """The judge's verdict on every `harmful` or `harmless` prompt, in order.

@@ -11,8 +11,11 @@ seed.
     neurons are in the set.
 3. Sufficiency: each set is patched into the base model; causal effect, refusals and over-refusals on prompts
     no method has seen.
-4. Necessity: each set is deactivated in the aligned model; the share of refusals that is lost.
-5. Recall is the share of the true units that the set holds; agreement is the Jaccard index of two sets beside
+4. Necessity: each set is deactivated in the aligned model; the share of refusals that is lost, and what comes
+    in their place.
+5. A planted truth goes the same way as a set of its own: what its size can do at all, beside the methods and
+    ranked with none.
+6. Recall is the share of the true units that the set holds; agreement is the Jaccard index of two sets beside
     what chance gives.
 """
 
@@ -62,10 +65,11 @@ from safety_neurons.results.measured import (
 from safety_neurons.results.records import Recorded, called
 from safety_neurons.results.run import Cache, elapsed
 from safety_neurons.studies.bench import Arm, ArmOutcome, Bench, How, Progress, Verdicts, content_of
+from safety_neurons.studies.losses import Loss, lost
 from safety_neurons.studies.verification import AUTO, CEILING, Ceiling, SubjectModels, by_parameters
 
-RANDOM = "random"
-"""What names of random sets begin with."""
+RANDOM, TRUTH = "random", "truth"
+"""What names of random sets begin with, and the name of the planted truth as a set: neither is a method."""
 MEASURES = {
     "recall": "share of the planted units found, at equal count",
     "causal_effect": "refusals restored by patching the set into the base, of those the aligned model adds",
@@ -104,6 +108,8 @@ class MethodResult(Recorded[MethodRecord]):
     """Refusals of harmful requests that the aligned model loses while the set is deactivated: aligned minus
     deactivated, paired.
     """
+    loss: Loss
+    """What came in the place of these refusals."""
     against_random: Difference | None
     """Refusals with the set patched in, minus those with random sets.
 
@@ -112,7 +118,7 @@ class MethodResult(Recorded[MethodRecord]):
     necessity_against_random: Difference | None
     """Refusals lost with the set off, minus those lost with random sets off."""
     seconds: float
-    """Wall time of finding, in seconds; 0 for random."""
+    """Wall time of finding, in seconds; 0 for random sets and the truth."""
     neurons: NeuronSet = dataclasses.field(metadata=called(None))
     control: ControlRecord | None
     """Of a random set, how it was drawn; None for a method."""
@@ -133,6 +139,8 @@ class Comparison(Recorded[ComparisonRecord], Displayed):
     aligned: ArmOutcome
     ceiling_effect: Effect
     methods: tuple[MethodResult, ...]
+    truth: MethodResult | None
+    """The planted truth as a set, whole units at the searched sites; held against random sets by itself."""
     agreement: tuple[AgreementRecord, ...]
     """For every two methods: Jaccard index of their units, and what two random sets of the budget would
     have.
@@ -200,7 +208,8 @@ def compare(
         **how: the fields of `Comparing`.
 
     Raises:
-        UsageError: an unknown method, a budget that is no share, or an empty truth.
+        UsageError: an unknown method, a budget that is no share, or a truth that is empty or lies at none of
+            the sites.
     """
     find_prompts = as_prompts(find_prompts)
     texts = {
@@ -223,6 +232,11 @@ def compare(
     sites = tuple(sites) if sites else SITES if truth is not None else ("down",)
     sites = tuple(site for site in sites if any(parse_key(key).site == site for key in base.table.keys))
     methods, left_out = fitting(methods, sites, base.table, named=named_ones is not None)
+    known = None if truth is None else whole_units(truth, sites)
+    if known is not None and not len(known):
+        raise UsageError(
+            f"the truth has no neuron at the sites {', '.join(sites)}; expected sites that hold some of it"
+        )
     everything = NeuronSet.all(base.table).only(sites=sites)
     n_units = everything.n_units
     budget = truth.n_units if truth is not None else max(1, round(top * n_units))
@@ -251,12 +265,14 @@ def compare(
         scores, cost = searches.scores(kept_as, method, find_prompts, bench.batch_size, **shown)
         bench.say(f"{name}: {note}" for note in cost["notes"])
         rows.append(make.row(name, whole_units(scores.top_units(budget), sites), cost["seconds"]))
-    rows += [
-        make.row(f"random {number}", *drawn)
-        for number, drawn in enumerate(_controls(rows, truth, sites, bench.random, bench.seed))
+    itself = [] if known is None else [make.row(TRUTH, known, 0.0)]
+    drawn = [
+        make.row(f"{RANDOM} {number}", *control)
+        for number, control in enumerate(_controls(itself or rows, bench.random, bench.seed))
     ]
-    rows = make.compared(rows)
-    limits = make.ceiling(everything, rows)
+    rows = make.compared([*rows, *drawn])
+    itself = make.compared([*itself, *drawn])[: len(itself)]
+    limits = make.ceiling(everything, [*rows, *itself])
     bench.finish()
     return Comparison(
         budget=budget,
@@ -266,6 +282,7 @@ def compare(
         aligned=make.goal,
         ceiling_effect=limits.effect,
         methods=tuple(rows),
+        truth=next(iter(itself), None),
         agreement=_agreements(rows, budget, n_units),
         bench=bench,
         limits=limits,
@@ -366,6 +383,7 @@ class _Rows:
             harmless_refused=outcome.harmless_refused,
             complied_off=rate(off.complied, self.bench.harmful.groups),
             necessity=paired_difference(self.goal.harmful, off.refused, self.bench.harmful.groups),
+            loss=lost(self.goal, off.refused, off.complied, off.broken, self.bench.harmful.groups),
             against_random=None,
             necessity_against_random=None,
             seconds=seconds,
@@ -480,21 +498,13 @@ class Searches:
         return Scores.load(file, table=models[-1].table), cost
 
 
-def _controls(
-    rows: Sequence[MethodResult], truth: NeuronSet | None, sites: Sequence[str], random: int, seed: int
-) -> list[tuple[NeuronSet, float, str]]:
-    """Random sets, the seconds they took, and what each is like: the truth where there is one, otherwise the
-    methods' sets in turn.
+def _controls(rows: Sequence[MethodResult], random: int, seed: int) -> list[tuple[NeuronSet, float, str]]:
+    """Random sets made of what the sets of these rows are made of in turn, the seconds they took, and the row
+    that each is like.
     """
-    models = (
-        [("truth", whole_units(truth, sites))]
-        if truth is not None
-        else [(row.method, row.neurons) for row in rows]
-    )
-    drawn = [members.random_like(seed, n=random) for _, members in models]
+    drawn = [row.neurons.random_like(seed, n=random) for row in rows]
     return [
-        (drawn[number % len(models)][number], 0.0, models[number % len(models)][0])
-        for number in range(random)
+        (drawn[number % len(rows)][number], 0.0, rows[number % len(rows)].method) for number in range(random)
     ]
 
 
@@ -581,7 +591,7 @@ class Standing(Recorded[StandingRecord]):
     """One method's numbers of one measure in one group.
 
     Attributes:
-        method: its name; all random sets are one method.
+        method: its name; all random sets are one method, and the planted truth is called one.
         group: which organisms.
         measure: one of `MEASURES`.
         mean: over the organisms; None where it is nowhere defined.
@@ -617,7 +627,7 @@ class Ranking(Displayed):
     def leaders(self) -> list[LeaderRecord]:
         """For each group and measure, the methods whose mean is the best.
 
-        Random sets and times take no part.
+        Random sets, the truth and times take no part.
         """
         leaders: list[LeaderRecord] = []
         for group, measure in dict.fromkeys(
@@ -626,7 +636,7 @@ class Ranking(Displayed):
             here = [
                 one
                 for one in self.standings
-                if (one.group, one.measure) == (group, measure) and one.method != "random"
+                if (one.group, one.measure) == (group, measure) and one.method not in (RANDOM, TRUTH)
             ]
             means = [one.mean for one in here if one.mean is not None]
             if means:
@@ -726,8 +736,9 @@ def standings(entries: Sequence[Entry]) -> list[Standing]:
     """Every method's mean, worst and single values by group and measure, best mean first."""
     values: dict[tuple[str, str, str], dict[str, list[float | None]]] = {}
     for entry in entries:
-        for row in entry.comparison.methods:
-            method = "random" if row.method.startswith("random ") else row.method
+        truth = entry.comparison.truth
+        for row in (*entry.comparison.methods, *(() if truth is None else (truth,))):
+            method = RANDOM if row.method.startswith(f"{RANDOM} ") else row.method
             numbers = {
                 "recall": row.recall,
                 "causal_effect": row.causal_effect.value,

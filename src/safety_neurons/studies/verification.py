@@ -52,6 +52,7 @@ from safety_neurons.studies.bench import (
     Verdicts,
     contrast,
 )
+from safety_neurons.studies.losses import Loss, lost
 from safety_neurons.studies.vocabulary import Neuron, strongest
 from safety_neurons.tuning import merged_base, repair
 from safety_neurons.tuning.protect import entries_of
@@ -107,12 +108,16 @@ class SizePoint(Recorded[SizeRecord]):
     random_effects: tuple[Effect, ...]
     controls: tuple[NeuronSet, ...] = dataclasses.field(metadata=called(None))
     """The random sets."""
+    change: Difference
+    """Paired difference of the refusal rate on harmful prompts, treated minus untreated."""
     against_random: Difference | None = dataclasses.field(
         default=None, metadata=called("change_against_random")
     )
     """Paired difference of the refusal rate on harmful prompts, treated minus random: from the next random
     set to be drawn.
     """
+    loss: Loss | None = None
+    """Of a set that is off: what came in the place of refusals."""
 
     ALSO = ("random_sets",)
 
@@ -389,6 +394,11 @@ class SubjectModels:
         """The causal effect of a treatment."""
         return self.contrast(treated).effect
 
+    def loss(self, off: ArmOutcome) -> Loss:
+        """What became of refusals while neurons are off."""
+        groups = self.bench.harmful.groups
+        return lost(self.untreated, off.harmful, off.complied, off.broken, groups, off.perplexity)
+
     def ceiling(self, everything: NeuronSet, parts: Sequence[Part]) -> Ceiling:
         """All neurons of the sites, by activations and, of a pair, by parameters, held against parts of
         them.
@@ -416,7 +426,7 @@ def _verify(
         for note in members.notes
         if "exactly 0" in note
     ]
-    points, changes = [], []
+    points = []
     for size, members in sets:
         treated = subject.measure(f"treated {len(members)}", members)
         controls = draw(members, table, bench.seed, bench.random)
@@ -430,7 +440,6 @@ def _verify(
             for number, control in enumerate(controls)
         )
         contrasted = subject.contrast(treated, random)
-        changes.append(contrasted.change)
         points.append(
             SizePoint(
                 size,
@@ -440,7 +449,9 @@ def _verify(
                 contrasted.effect,
                 contrasted.random_effects,
                 tuple(controls),
+                contrasted.change,
                 contrasted.against_random,
+                subject.loss(treated) if subject.kind == "deactivate" else None,
             )
         )
     held = holm([point.against_random for point in points if point.against_random is not None])
@@ -458,7 +469,7 @@ def _verify(
         points=tuple(points),
         ceiling=limits.patched,
         ceiling_effect=limits.effect,
-        change=changes[-1],
+        change=points[-1].change,
         harm_change=paired_difference(
             points[-1].treated.complied, subject.untreated.complied, bench.harmful.groups
         ),
