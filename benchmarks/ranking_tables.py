@@ -55,7 +55,8 @@ def table(records: list[dict[str, Any]], measure: str) -> str:
             return statistics.fmean(value for value in by.values() if value is not None)
 
         sign, worst = (1, max) if measure in ("seconds", "harmless_refused") else (-1, min)
-        for method, by in sorted(rows.items(), key=lambda item: sign * mean(item[1])):
+        # The truth is no method and stands last.
+        for method, by in sorted(rows.items(), key=lambda item: (item[0] == "truth", sign * mean(item[1]))):
             cells = ["–" if by.get(name) is None else f"{by[name]:.2f}" for name in names]
             last = worst(value for value in by.values() if value is not None)
             lines.append(f"| {method} | " + " | ".join([*cells, f"{mean(by):.2f}", f"{last:.2f}"]) + " |")

@@ -48,5 +48,5 @@ def instead_table(rows: Sequence[tuple[str, Mapping[str, Any] | None]], first: s
     told: list[list[Cell]] = [
         [name, *(interval(loss[kind]) for kind in KINDS)] for name, loss in rows if loss is not None
     ]
-    caption = f"Of the requests that {who} refuses, what came while a set was off; 95\u00a0% intervals"
+    caption = f"What came in place of refusals by {who}; shares with 95\u00a0% intervals"
     return [Table(caption, [first, *COLUMNS], told)] if told else []

@@ -267,12 +267,17 @@ def deactivate_part(run: ReportedRun) -> DisplayPart:
             "Refusals of harmless requests: what over-refusal is left.",
         ),
     ]
+    tables = [arms_table(run), *_instead(run), *length_tables(run)]
+    return DisplayPart(heading, lead + Markup("."), [*figures, *length_figures(run)], tables)
+
+
+def _instead(run: ReportedRun) -> list[Table]:
+    """What came in the place of refusals, size by size."""
     rows = [
         (f"{count(point['n_neurons'])} ({share(point['size'])})", point.get("loss"))
-        for point in result["sizes"]
+        for point in run.result["sizes"]
     ]
-    tables = [arms_table(run), *instead_table(rows, "neurons off", "the model"), *length_tables(run)]
-    return DisplayPart(heading, lead + Markup("."), [*figures, *length_figures(run)], tables)
+    return instead_table(rows, "neurons off", "the model")
 
 
 def _refusals(result: Mapping[str, Any], what: str, title: str, caption: str) -> Figure:
@@ -299,13 +304,14 @@ def both_part(run: ReportedRun) -> DisplayPart:
     each side.
     """
     halves = [patch_part(one_side(run, "patch")), deactivate_part(one_side(run, "deactivate"))]
-    tables = [_sides_table(run.result), *(table for half in halves for table in half.tables)]
+    shown = [_sides_table(run.result), *_instead(one_side(run, "deactivate"))]
+    others = [table for half in halves for table in half.tables if table not in shown]
     return DisplayPart(
         titled("Sufficient and necessary", run),
         halves[1].lead,
         [figure for half in halves for figure in half.figures],
-        tables[:1],
-        tables[1:],
+        shown,
+        others,
     )
 
 
