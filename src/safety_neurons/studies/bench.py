@@ -300,7 +300,7 @@ def _repeated(completion: Completion) -> float | None:
 
 
 @dataclasses.dataclass(frozen=True)
-class JudgedAnswers:
+class ArmAnswers:
     """Answers to harmful requests, whether each refuses, does harm (None is unscored), and is none at all."""
 
     completions: Completions
@@ -446,7 +446,7 @@ class Bench:
             harm_judge=self.harm.name,
         )
 
-    def answered(self, arm: Arm, seed: int | None = None) -> JudgedAnswers:
+    def answered(self, arm: Arm, seed: int | None = None) -> ArmAnswers:
         """The arm's answers to the harmful prompts, in order, with what both judges say.
 
         Completions are kept with both verdicts.
@@ -458,7 +458,7 @@ class Bench:
         harm = self.harm.judge(refusal.completions, cache=cache)
         self.answers.judged(harm.completions)
         answers = harm.completions
-        return JudgedAnswers(answers, refusal.refused, harm.harmful, [broken(one) for one in answers])
+        return ArmAnswers(answers, refusal.refused, harm.harmful, [broken(one) for one in answers])
 
     def refused(self, arm: Arm, kind: str = "harmful") -> Verdicts:
         """The judge's verdict on every `harmful` or `harmless` prompt, in order.

@@ -232,11 +232,7 @@ def compare(
     sites = tuple(sites) if sites else SITES if truth is not None else ("down",)
     sites = tuple(site for site in sites if any(parse_key(key).site == site for key in base.table.keys))
     methods, left_out = fitting(methods, sites, base.table, named=named_ones is not None)
-    known = None if truth is None else whole_units(truth, sites)
-    if known is not None and not len(known):
-        raise UsageError(
-            f"the truth has no neuron at the sites {', '.join(sites)}; expected sites that hold some of it"
-        )
+    itself = [] if truth is None else [_searched(truth, sites)]
     everything = NeuronSet.all(base.table).only(sites=sites)
     n_units = everything.n_units
     budget = truth.n_units if truth is not None else max(1, round(top * n_units))
@@ -265,14 +261,10 @@ def compare(
         scores, cost = searches.scores(kept_as, method, find_prompts, bench.batch_size, **shown)
         bench.say(f"{name}: {note}" for note in cost["notes"])
         rows.append(make.row(name, whole_units(scores.top_units(budget), sites), cost["seconds"]))
-    itself = [] if known is None else [make.row(TRUTH, known, 0.0)]
-    drawn = [
-        make.row(f"{RANDOM} {number}", *control)
-        for number, control in enumerate(_controls(itself or rows, bench.random, bench.seed))
-    ]
-    rows = make.compared([*rows, *drawn])
-    itself = make.compared([*itself, *drawn])[: len(itself)]
-    limits = make.ceiling(everything, [*rows, *itself])
+    known = [make.row(TRUTH, neurons, 0.0) for neurons in itself]
+    drawn = make.controls(known or rows)
+    rows, known = make.compared([*rows, *drawn]), make.compared([*known, *drawn])[: len(known)]
+    limits = make.ceiling(everything, [*rows, *known])
     bench.finish()
     return Comparison(
         budget=budget,
@@ -282,7 +274,7 @@ def compare(
         aligned=make.goal,
         ceiling_effect=limits.effect,
         methods=tuple(rows),
-        truth=next(iter(itself), None),
+        truth=next(iter(known), None),
         agreement=_agreements(rows, budget, n_units),
         bench=bench,
         limits=limits,
@@ -391,6 +383,15 @@ class _Rows:
             control=cast(ControlRecord, {"like": like, **neurons.control_record()}) if like else None,
         )
 
+    def controls(self, rows: Sequence[MethodResult]) -> list[MethodResult]:
+        """Random sets made of what the sets of these rows are made of in turn."""
+        drawn = [row.neurons.random_like(self.bench.seed, n=self.bench.random) for row in rows]
+        made = []
+        for number in range(self.bench.random):
+            like = number % len(rows)
+            made.append(self.row(f"{RANDOM} {number}", drawn[like][number], 0.0, rows[like].method))
+        return made
+
     def ceiling(self, everything: NeuronSet, rows: Sequence[MethodResult]) -> Ceiling:
         """All neurons of the sites patched, but for those of routed experts."""
         parts = [(row.causal_effect, self.verdicts[row.method][0]) for row in rows]
@@ -498,14 +499,14 @@ class Searches:
         return Scores.load(file, table=models[-1].table), cost
 
 
-def _controls(rows: Sequence[MethodResult], random: int, seed: int) -> list[tuple[NeuronSet, float, str]]:
-    """Random sets made of what the sets of these rows are made of in turn, the seconds they took, and the row
-    that each is like.
-    """
-    drawn = [row.neurons.random_like(seed, n=random) for row in rows]
-    return [
-        (drawn[number % len(rows)][number], 0.0, rows[number % len(rows)].method) for number in range(random)
-    ]
+def _searched(truth: NeuronSet, sites: Sequence[str]) -> NeuronSet:
+    """The truth as methods could find it: whole units at the searched sites."""
+    found = whole_units(truth, sites)
+    if not len(found):
+        raise UsageError(
+            f"the truth has no neuron at the sites {', '.join(sites)}; expected sites that hold some of it"
+        )
+    return found
 
 
 def whole_units(neurons: NeuronSet, sites: Sequence[str]) -> NeuronSet:
