@@ -18,7 +18,7 @@ from safety_neurons.neurons import SITES, NeuronSet, Scores
 from safety_neurons.prompt_lists import Prompts
 from safety_neurons.results.estimates import MANY
 from safety_neurons.results.measured import ComparisonRecord
-from safety_neurons.studies import comparison, verify_deactivate, verify_patch
+from safety_neurons.studies import comparison, losses, verify_deactivate, verify_patch
 from safety_neurons.studies.comparison import compare, unit_recall, whole_units
 from tiny import CHAT_TEMPLATE, tiny_tokenizer
 from tiny_pair import HARMFUL, HARMLESS
@@ -212,6 +212,18 @@ def test_the_truth_is_no_method(known):
     told = [one for row in rows for one in (row.against_random, row.necessity_against_random)]
     assert len(told) == MANY + 2
     assert all(one.p is not None and one.p_holm is None for one in told)  # ten are not corrected, twelve are
+
+
+def test_a_set_without_which_general_text_has_become_unlikely_breaks_the_model(pair, prompts, monkeypatch):
+    monkeypatch.setattr(losses, "MOST_PERPLEXITY", 0.0)  # any perplexity is too much
+    options = {"find_prompts": prompts[0], "methods": ["weight-magnitude"], "random": 1, "top": 0.1}
+
+    def breaks(**text):
+        found = compare(pair.base, pair.aligned, *prompts, **options, **text, **OPTIONS)
+        return [row.loss.breaks is not None for row in found.methods]
+
+    assert breaks(find_general=prompts[1]) == [True, True]
+    assert breaks() == [False, False]
 
 
 def test_a_comparison_without_a_truth_has_none(compared):

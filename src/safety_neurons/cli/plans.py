@@ -313,6 +313,7 @@ def _compare(planner: Planner) -> "list[Work]":
         *works,
         planner.asked(2 + rows, "harmful", "harmless"),
         planner.asked(rows, "harmful", "harmless", models=2),
+        planner.measured(rows, "find_general", "limit"),
     ]
 
 

@@ -31,6 +31,7 @@ from typing import Any, TypedDict, Unpack, cast
 
 import numpy as np
 
+from safety_neurons.capability.measures import measure_perplexity
 from safety_neurons.detectors import find
 from safety_neurons.detectors.methods import METHODS, EarlyStop, Method, by_name, with_options
 from safety_neurons.display import Displayed
@@ -167,7 +168,9 @@ class Comparing(How, total=False):
     """
 
     find_general: Source | None
-    """General prompts for the methods that look at some, which are not run without."""
+    """General prompts for the methods that look at some, which are not run without; a set without which their
+    perplexity has risen too far breaks the model.
+    """
     sites: Sequence[str] | None
     """Where to look; by default all with a truth (no method is told where it lies), else `down`."""
     top: float
@@ -245,12 +248,10 @@ def compare(
     }
     measured: dict[str, Any] = {**AUTO, **how}
     bench = Bench.of({"base": base, "aligned": aligned, **asked}, harmful, harmless, **measured)
-    make = _Rows(
-        SubjectModels(
-            "patch", bench, base, lambda members: functools.partial(patched, base, aligned, members), aligned
-        ),
-        truth,
+    subject = SubjectModels(
+        "patch", bench, base, lambda members: functools.partial(patched, base, aligned, members), aligned
     )
+    make = _Rows(subject, truth, texts.get("general"))
     bench.say(left_out)
     searches, rows = Searches((base, aligned), place), []
     for name in methods:
@@ -342,11 +343,13 @@ def fitting(
 class _Rows:
     """Makes the row of a set: everything that is measured of it."""
 
-    def __init__(self, subject: SubjectModels, truth: NeuronSet | None) -> None:
+    def __init__(self, subject: SubjectModels, truth: NeuronSet | None, text: Prompts | None) -> None:
         assert subject.goal is not None
         assert subject.donor is not None
         self.subject, self.truth, self.goal, self.donor = subject, truth, subject.goal, subject.donor
-        self.bench = subject.bench
+        self.bench, self.text = subject.bench, text
+        self.before = dataclasses.replace(self.goal, perplexity=self.perplexity(Arm("aligned", self.donor)))
+        """The aligned model as it is, with what the general text is to it."""
         self.verdicts: dict[str, tuple[Verdicts, Verdicts]] = {}
         """By row, on every harmful request: whether it is refused with the set patched in, and with it
         off.
@@ -360,9 +363,9 @@ class _Rows:
         if routed:
             effect = dataclasses.replace(effect, why=UNPATCHED)
             self.bench.say([f"sets with neurons of routed experts are deactivated alone: {UNPATCHED}"])
-        off = self.bench.answered(
-            Arm(f"{name} deactivated", self.donor, functools.partial(deactivated, self.donor, neurons))
-        )
+        without = Arm(f"{name} deactivated", self.donor, functools.partial(deactivated, self.donor, neurons))
+        off = self.bench.answered(without)
+        verdicts, groups = (off.refused, off.complied, off.broken), self.bench.harmful.groups
         self.verdicts[name] = outcome.harmful, off.refused
         return MethodResult(
             method=name,
@@ -373,15 +376,22 @@ class _Rows:
             harmful_refused=outcome.harmful_refused,
             harmful_complied=outcome.harmful_complied,
             harmless_refused=outcome.harmless_refused,
-            complied_off=rate(off.complied, self.bench.harmful.groups),
-            necessity=paired_difference(self.goal.harmful, off.refused, self.bench.harmful.groups),
-            loss=lost(self.goal, off.refused, off.complied, off.broken, self.bench.harmful.groups),
+            complied_off=rate(off.complied, groups),
+            necessity=paired_difference(self.goal.harmful, off.refused, groups),
+            loss=lost(self.before, *verdicts, groups, self.perplexity(without)),
             against_random=None,
             necessity_against_random=None,
             seconds=seconds,
             neurons=neurons,
             control=cast(ControlRecord, {"like": like, **neurons.control_record()}) if like else None,
         )
+
+    def perplexity(self, arm: Arm) -> float | None:
+        """Of the general text; None without one."""
+        if self.text is None:
+            return None
+        size = self.bench.batch_size
+        return measure_perplexity(arm.model, self.text, arm.treatment, batch_size=size).rate.value
 
     def controls(self, rows: Sequence[MethodResult]) -> list[MethodResult]:
         """Random sets made of what the sets of these rows are made of in turn."""
