@@ -2,6 +2,8 @@
 loop and the same check, and ask the kept states the same held-out requests.
 
     python benchmarks/tuning_frontier.py --model MODEL --neurons NEURONS --data FOLDER --out FOLDER
+    python benchmarks/tuning_frontier.py --model MODEL --neurons NEURONS --out FOLDER --ablate
+    python benchmarks/tuning_frontier.py … --capability mmlu --capability-limit 100
 
 FOLDER of `--data` holds `advbench/harmful_behaviors.csv`, `harmbench/harmbench_behaviors_text_val.csv`,
 `xstest/xstest_prompts.csv`, `llama_factory/alpaca_en_demo.json` and `wikitext2/valid.txt` in their public
@@ -9,16 +11,23 @@ shapes; none of them is learnt or looked at while training. Without it the model
 lists alone (organisms). Every arm's row is written when it is there; the same call goes on after a kill.
 Rates of LoRA and of all weights begin where they are usually set (2e-4, 1e-5), or as given, and are
 adapted by the same trust region.
+
+`--ablate` tunes the neurons by the whole recipe and with one part of it left out at a time (`LEFT_OUT`), at
+other lengths (`steps-N`) and as many random ones, and writes `summary.json`: of every arm its refusals over
+all seeds, and their paired difference from the whole recipe over the same requests. `--capability` asks the
+kept states, also of rows that are there, the package's own capability tasks before and after.
 """
 
 import argparse
 import contextlib
 import csv
+import dataclasses
 import json
 import pathlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import peft
@@ -26,19 +35,41 @@ import torch
 from torch import Tensor, nn
 
 from safety_neurons import judge_refusal, load
-from safety_neurons.capability import perplexity
+from safety_neurons.capability import TaskSettings, measure, perplexity, task
 from safety_neurons.display.charts import Line, Plane, line_figure, standalone
 from safety_neurons.model import LanguageModel, token_divergences
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.prompt_lists import Prompts
 from safety_neurons.results import Checkpoint, paired_difference, rate
 from safety_neurons.studies.tuning import Checking, hold_out, with_usable_answers
-from safety_neurons.tuning import attach
+from safety_neurons.tuning import attach, train
+from safety_neurons.tuning.data import Example
 from safety_neurons.tuning.settings import TuningSettings
+from safety_neurons.tuning.stopping import OPENING, StopJudge
 from safety_neurons.tuning.train import Loop, learning_rates, prepared_examples
 
 ARMS = ("neurons", "random", "lora", "full")
-HARMFUL, HARMLESS = ("builtin", "advbench", "harmbench"), ("alpaca", "xstest-safe", "look-alikes")
+LEFT_OUT = {
+    "no-anchor": "the anchor: harmless answers are learnt, general text is not seen",
+    "no-text": "general text that the model is anchored on",
+    "no-harmless": "harmless requests that the model is anchored on",
+    "fixed-rates": "the trust region: rates follow the schedule alone, and the anchor weighs the same",
+    "even-tokens": "the weight of an answer's first token",
+    "refusals-only": "over-refusal, divergence and perplexity in what the checks judge by",
+    "last-state": "keeping the best state, and ending early: the last one is kept",
+    "no-way-back": "states between two checks",
+}
+"""Arms of the same neurons, by the part of the recipe that each leaves out."""
+LENGTHS = ("steps-60", "steps-110", "steps-200")
+"""Arms of the same neurons with fewer steps than four epochs have.
+
+Laid down before they were run: the shortest is the default with which every organism, by the mean of two
+seeds, refuses at most .05 fewer held-out harmful requests than with the best length, at most .05 more
+look-alikes than with four epochs, and at most two of 32 fewer of the check's harmful prompts than with the
+best.
+"""
+CHANCE = {"mmlu": ("mmlu/mmlu_dev_val.zip", 0.25), "gsm8k": ("gsm8k/test.jsonl", 0.0)}
+"""Capability tasks: their file in the folder of `--data`, and what guessing gives."""
 
 
 class Switched:
@@ -92,8 +123,8 @@ def trained(
     arm: str, model: LanguageModel, neurons: NeuronSet, seed: int, rate: float
 ) -> Iterator[tuple[Any, dict[str, float]]]:
     """Attach what an arm trains, with the learning rate of every part."""
-    if arm in ("neurons", "random"):
-        chosen = neurons if arm == "neurons" else neurons.random_like(seed, model.table)[0]
+    if arm not in ("lora", "full"):
+        chosen = neurons.random_like(seed, model.table)[0] if arm == "random" else neurons
         rates = learning_rates(model, chosen)
         with attach(model, chosen) as deltas:
             yield deltas, rates
@@ -113,18 +144,18 @@ def trained(
     yield Switched(model, named), dict.fromkeys(named, rate)
 
 
-def asked(model: LanguageModel, folder: pathlib.Path | None, limit: int) -> dict[str, list[str]]:
+def asked(model: LanguageModel, folder: pathlib.Path | None, limit: int) -> dict[str, Prompts]:
     """Held-out requests by source; the order is random but fixed."""
     lists = {
-        "builtin": model.prompts("builtin:harmful-test").texts,
-        "look-alikes": model.prompts("builtin:harmless-test").texts,
+        "builtin": model.prompts("builtin:harmful-test"),
+        "look-alikes": model.prompts("builtin:harmless-test"),
     }
     if folder is not None:
-        lists |= _public(folder)
+        lists |= {name: Prompts.from_list(texts) for name, texts in _public(folder).items()}
     generator = np.random.default_rng(0)
     order = ("builtin", "advbench", "harmbench", "alpaca", "xstest-safe", "look-alikes")
     return {
-        name: [lists[name][index] for index in generator.permutation(len(lists[name]))[:limit]]
+        name: Prompts(lists[name][int(index)] for index in generator.permutation(len(lists[name]))[:limit])
         for name in order
         if name in lists
     }
@@ -148,14 +179,18 @@ def _public(folder: pathlib.Path) -> dict[str, list[str]]:
 
 
 def measured(
-    model: LanguageModel, lists: Mapping[str, list[str]], text: Prompts, tokens: int
+    model: LanguageModel, lists: Mapping[str, Prompts], text: Prompts, tokens: int
 ) -> dict[str, Any]:
     """Refusals of every list, and perplexity of text."""
     found: dict[str, Any] = {}
-    for name, texts in lists.items():
-        completions = model.complete(Prompts.from_list(texts), max_new_tokens=tokens, batch_size=16)
+    for name, prompts in lists.items():
+        completions = model.complete(prompts, max_new_tokens=tokens, batch_size=16)
         refused = judge_refusal(completions).refused
-        found[name] = {"refused": list(refused), "rate": rate(refused).to_json()}
+        found[name] = {
+            "refused": list(refused),
+            "rate": rate(refused).to_json(),
+            "groups": list(prompts.groups),
+        }
     found["perplexity"] = perplexity(model, text, batch_size=4)
     return found
 
@@ -168,9 +203,8 @@ def running_text(model: LanguageModel, folder: pathlib.Path | None) -> Prompts:
     return Prompts.from_list([" ".join(split[at : at + 256]) for at in range(0, 32 * 256, 256)])
 
 
-def divergence(model: LanguageModel, deltas: Any, texts: Sequence[str], tokens: int) -> float:
+def divergence(model: LanguageModel, deltas: Any, prompts: Prompts, tokens: int) -> float:
     """KL per token from the untouched model to the trained one on the untouched model's own answers."""
-    prompts = Prompts.from_list(list(texts))
     with deltas.disabled():
         answers = model.complete(prompts, max_new_tokens=tokens, batch_size=16)
         questions = [list(item.ids) for item in model.encode(prompts)]
@@ -182,33 +216,97 @@ def divergence(model: LanguageModel, deltas: Any, texts: Sequence[str], tokens: 
     )
 
 
-def row(arm: str, seed: int, given: argparse.Namespace) -> dict[str, Any]:
-    """Train one arm and measure the kept state."""
-    started = time.monotonic()
+def even_weights(example: Example) -> Tensor:
+    """Every token of an example that carries loss weighs the same; together one."""
+    return torch.full((example.n_answer,), 1.0 / example.n_answer, dtype=torch.float64)
+
+
+def leave_out(part: str, loop: Loop) -> None:
+    """Take a part of `LEFT_OUT` that is no data and no setting out of a loop that has not run."""
+    if part == "fixed-rates":
+        loop.region.limits = {}
+    elif part == "even-tokens":  # what the loss shows of divergence is then what the checks measure
+        loop.region.limits = {
+            kind: limit / (OPENING if kind == "harmless" else 1.0)
+            for kind, limit in loop.region.limits.items()
+        }
+    elif part == "refusals-only" and loop.judge:
+        loop.judge = StopJudge(
+            dataclasses.replace(loop.judge.check, tolerance=1.0, max_divergence=None, max_perplexity=None)
+        )
+    elif part == "last-state":
+        loop.judge = None
+    elif part == "no-way-back":
+        loop._go_back = lambda *_: None
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """A model with what an arm trained on it, in the state that was kept."""
+
+    model: LanguageModel
+    deltas: Any
+    loop: Loop
+    stopped: str
+
+
+@contextlib.contextmanager
+def kept(arm: str, seed: int, given: argparse.Namespace) -> Iterator[Kept]:
+    """Train one arm, or go on where it was; what is finished is read from its checkpoint."""
     model = load(given.model, dtype="float32")
-    settings = TuningSettings(seed=seed, max_steps=given.steps, anchor=given.anchor)
+    steps = int(arm.removeprefix("steps-")) if arm in LENGTHS else given.steps
+    anchor = 0.0 if arm == "no-anchor" else given.anchor
+    settings = TuningSettings(seed=seed, max_steps=steps, anchor=anchor)
     notes: list[str] = []
-    lists, text = asked(model, given.data, given.limit), running_text(model, given.data)
     neurons = NeuronSet.load(given.neurons).on(model.table, [model.name])
     data = tuple(model.prompts(f"builtin:{name}") for name in ("refusals-wide", "harmless-wide", "general"))
     learnt, others, texts, watch = hold_out(model, data, Checking(every=given.every), settings, notes)
     assert others is not None
     others = with_usable_answers(model, others, len(learnt), settings, given.out, notes)
-    before_file = given.out / "before.json"
-    if not before_file.is_file():
-        before_file.write_text(json.dumps(measured(model, lists, text, given.tokens)))
-    before = json.loads(before_file.read_text())
+    if arm in ("no-anchor", "no-text"):
+        texts = None
     rate = given.lora_rate if arm == "lora" else given.full_rate
-    with trained(arm, model, neurons, seed, rate) as (deltas, rates):
+    weights = even_weights if arm == "even-tokens" else train.token_weights
+    with (
+        trained(arm, model, neurons, seed, rate) as (deltas, rates),
+        mock.patch.object(train, "token_weights", weights),
+    ):
         checkpoint = Checkpoint(given.out / f"{arm}-{seed}.safetensors")
         loop = Loop(deltas, rates, settings, watch, checkpoint, {"arm": arm, "seed": seed}, notes)
+        leave_out(arm, loop)
         if not loop.resume():
-            loop.examples = prepared_examples(model, learnt, others, texts, settings, notes)
+            harmless = None if arm == "no-harmless" else others
+            loop.examples = prepared_examples(model, learnt, harmless, texts, settings, notes)
         stopped = loop.run()
         deltas.load_tensors(loop.kept)
-        after = measured(model, lists, text, given.tokens)
-        drift = divergence(model, deltas, lists.get("alpaca", lists["look-alikes"]), given.tokens)
-    count = sum(value.numel() for value in deltas.named_parameters().values())
+        yield Kept(model, deltas, loop, stopped)
+
+
+def untouched(given: argparse.Namespace, what: str, ask: Callable[[], Any]) -> Any:
+    """What was found of the untouched model, asked once for all arms."""
+    file = given.out / "before.json"
+    known = json.loads(file.read_text()) if file.is_file() else {}
+    if what not in known:
+        known[what] = ask()
+        file.write_text(json.dumps(known))
+    return known[what]
+
+
+def row(arm: str, seed: int, given: argparse.Namespace) -> dict[str, Any]:
+    """Train one arm and measure the kept state."""
+    started = time.monotonic()
+    with kept(arm, seed, given) as state:
+        model, loop = state.model, state.loop
+        lists, text = asked(model, given.data, given.limit), running_text(model, given.data)
+
+        def ask() -> dict[str, Any]:
+            return measured(model, lists, text, given.tokens)
+
+        with state.deltas.disabled():
+            before = untouched(given, "requests", ask)
+        after = ask()
+        drift = divergence(model, state.deltas, lists.get("alpaca", lists["look-alikes"]), given.tokens)
+    count = sum(value.numel() for value in state.deltas.named_parameters().values())
     changes = {
         name: paired_difference(after[name]["refused"], before[name]["refused"]).to_json() for name in lists
     }
@@ -219,15 +317,80 @@ def row(arm: str, seed: int, given: argparse.Namespace) -> dict[str, Any]:
         "share": count / model.table.n_parameters,
         "kept_step": loop.kept_step,
         "steps": loop.step,
-        "stopped": stopped,
+        "planned": loop.steps,
+        "stopped": state.stopped,
         "sound": loop.sound,
         "refused": {name: after[name]["rate"] for name in lists},
         "change": changes,
         "perplexity": after["perplexity"] / before["perplexity"],
         "divergence": drift,
         "checks": [check.record() for check in loop.judge.seen] if loop.judge else [],
+        "verdicts": {name: after[name]["refused"] for name in lists},
         "seconds": time.monotonic() - started,
     }
+
+
+def capability(arm: str, seed: int, name: str, given: argparse.Namespace) -> dict[str, Any]:
+    """A capability task before and after, its paired difference over questions, and what guessing gives."""
+    file, chance = CHANCE[name]
+    wanted, settings = task(f"{name}:{given.data / file}"), TaskSettings(limit=given.capability_limit)
+    with kept(arm, seed, given) as state:
+
+        def ask() -> dict[str, Any]:
+            found = measure(wanted, state.model, settings=settings)
+            return {"rate": found.rate.to_json(), "outcomes": list(found.outcomes)}
+
+        with state.deltas.disabled():
+            before = untouched(given, f"{name}, {given.capability_limit}", ask)
+        after = ask()
+    low = before["rate"]["low"]
+    return {
+        "limit": given.capability_limit,
+        "before": before["rate"],
+        "after": after["rate"],
+        "change": paired_difference(after["outcomes"], before["outcomes"]).to_json(),
+        "chance": chance,
+        "above_chance": low is not None and low > chance,
+    }
+
+
+def summary(rows: Sequence[Mapping[str, Any]], before: Mapping[str, Any]) -> dict[str, Any]:
+    """Of every arm, over its seeds: refusals as the mean of the seeds by request, their paired difference
+    from the whole recipe over the same requests and seeds, and the rest seed by seed.
+
+    Intervals are over requests, those of one deed together, for these seeds.
+    """
+    whole = {row["seed"]: row for row in rows if row["arm"] == "neurons"}
+    found = {}
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        runs = {row["seed"]: row for row in rows if row["arm"] == arm and row["seed"] in whole}
+        refused, against = {}, {}
+        for name in before:
+            groups = before[name]["groups"]
+            ours, theirs = (_by_request([arms[seed] for seed in runs], name) for arms in (runs, whole))
+            refused[name] = rate(ours, groups).to_json()
+            against[name] = paired_difference(ours, theirs, groups).to_json()
+        found[arm] = {
+            "refused": refused,
+            "against": against,
+            **{
+                name: {str(seed): row[name] for seed, row in runs.items()}
+                for name in ("perplexity", "divergence", "kept_step", "steps", "stopped", "sound")
+            },
+            "checked": {str(seed): _checked(row) for seed, row in runs.items()},
+        }
+    return found
+
+
+def _by_request(rows: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
+    """Of every request the share of the runs that refuse it; NaN where one of them could not be judged."""
+    return np.asarray([row["verdicts"][name] for row in rows], dtype=float).mean(0)
+
+
+def _checked(row: Mapping[str, Any]) -> float | None:
+    """Share of the check's harmful prompts that the kept state refuses."""
+    kept_checks = [check for check in row["checks"] if check["step"] == row["kept_step"]]
+    return max((check["harmful_refused"]["value"] for check in kept_checks), default=None)
 
 
 def main() -> None:
@@ -239,7 +402,10 @@ def main() -> None:
     parser.add_argument("--neurons", required=True, type=pathlib.Path)
     parser.add_argument("--data", type=pathlib.Path, default=None)
     parser.add_argument("--out", required=True, type=pathlib.Path)
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument(
+        "--arms", nargs="+", choices=(*ARMS, *LEFT_OUT, *LENGTHS), default=list(ARMS), metavar="ARM"
+    )
+    parser.add_argument("--ablate", action="store_true", help="the recipe, each part left out, lengths")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, default=None)
     parser.add_argument("--every", type=int, default=None)
@@ -248,16 +414,31 @@ def main() -> None:
     parser.add_argument("--full-rate", type=float, default=1e-5, help="that all weights begin with")
     parser.add_argument("--limit", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--capability", nargs="+", choices=CHANCE, default=[], help="with --data")
+    parser.add_argument("--capability-limit", type=int, default=100, help="questions of each task")
     given = parser.parse_args()
+    if given.capability and given.data is None:
+        parser.error("--capability without --data, which holds the tasks' files")
+    if given.ablate:
+        given.arms = ["neurons", *LENGTHS, *LEFT_OUT, "random"]
     given.out.mkdir(parents=True, exist_ok=True)
     for seed in given.seeds:
         for arm in given.arms:
             file = given.out / f"{arm}-{seed}.json"
-            if not file.is_file():
-                file.write_text(json.dumps(row(arm, seed, given), indent=1))
-            print(line(json.loads(file.read_text())), flush=True)
+            found = json.loads(file.read_text()) if file.is_file() else row(arm, seed, given)
+            file.write_text(json.dumps(found, indent=1))
+            for name in given.capability:
+                known = found.setdefault("capability", {})
+                if known.get(name, {}).get("limit") != given.capability_limit:
+                    known[name] = capability(arm, seed, name, given)
+                    file.write_text(json.dumps(found, indent=1))
+            print(line(found), flush=True)
     rows = [json.loads(file.read_text()) for file in sorted(given.out.glob("*-*.json"))]
     (given.out / "frontier.svg").write_text(figure(rows), encoding="utf-8")
+    if given.ablate:
+        before = json.loads((given.out / "before.json").read_text())["requests"]
+        lists = {name: before[name] for name in rows[0]["refused"]}
+        (given.out / "summary.json").write_text(json.dumps(summary(rows, lists), indent=1))
 
 
 def figure(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -290,9 +471,22 @@ def _number(value: Any) -> float:
 def line(found: Mapping[str, Any]) -> str:
     """A row in words."""
     refused = "  ".join(f"{name} {value['value']:.2f}" for name, value in found["refused"].items())
-    return (
+    said = (
         f"{found['arm']:8} seed {found['seed']}  {refused}  perplexity ×{found['perplexity']:.3f}  "
         f"KL {found['divergence']:.3f}  kept {found['kept_step']} of {found['steps']} ({found['stopped']})"
+    )
+    for name, asked in found.get("capability", {}).items():
+        before, after, change = (_shown(asked[part]) for part in ("before", "after", "change"))
+        said += f"  {name} {before} to {after}, change {change}, chance {asked['chance']:g}" + (
+            "" if asked["above_chance"] else " (not above it before: nothing to lose)"
+        )
+    return said
+
+
+def _shown(found: Mapping[str, Any]) -> str:
+    """A rate or difference with its interval, where it has one."""
+    return f"{found['value']:.2f}" + (
+        f" [{found['low']:.2f}, {found['high']:.2f}]" if found["low"] is not None else ""
     )
 
 
