@@ -40,7 +40,7 @@ from safety_neurons.display.charts import Line, Plane, line_figure, standalone
 from safety_neurons.model import LanguageModel, token_divergences
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.prompt_lists import Prompts
-from safety_neurons.results import Checkpoint, paired_difference, rate
+from safety_neurons.results import Checkpoint, holm_in, paired_difference, rate
 from safety_neurons.studies.tuning import Checking, hold_out, with_usable_answers
 from safety_neurons.tuning import attach, train
 from safety_neurons.tuning.data import Example
@@ -358,7 +358,8 @@ def summary(rows: Sequence[Mapping[str, Any]], before: Mapping[str, Any]) -> dic
     """Of every arm, over its seeds: refusals as the mean of the seeds by request, their paired difference
     from the whole recipe over the same requests and seeds, and the rest seed by seed.
 
-    Intervals are over requests, those of one deed together, for these seeds.
+    Intervals are over requests, those of one deed together, for these seeds; the family-wise rate of all
+    differences is held.
     """
     whole = {row["seed"]: row for row in rows if row["arm"] == "neurons"}
     found = {}
@@ -369,7 +370,8 @@ def summary(rows: Sequence[Mapping[str, Any]], before: Mapping[str, Any]) -> dic
             groups = before[name]["groups"]
             ours, theirs = (_by_request([arms[seed] for seed in runs], name) for arms in (runs, whole))
             refused[name] = rate(ours, groups).to_json()
-            against[name] = paired_difference(ours, theirs, groups).to_json()
+            if arm != "neurons":
+                against[name] = paired_difference(ours, theirs, groups).to_json()
         found[arm] = {
             "refused": refused,
             "against": against,
@@ -379,7 +381,7 @@ def summary(rows: Sequence[Mapping[str, Any]], before: Mapping[str, Any]) -> dic
             },
             "checked": {str(seed): _checked(row) for seed, row in runs.items()},
         }
-    return found
+    return holm_in(found)
 
 
 def _by_request(rows: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
