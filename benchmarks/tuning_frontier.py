@@ -13,9 +13,9 @@ Rates of LoRA and of all weights begin where they are usually set (2e-4, 1e-5), 
 adapted by the same trust region.
 
 `--ablate` tunes the neurons by the whole recipe and with one part of it left out at a time (`LEFT_OUT`), at
-other lengths (`steps-N`) and as many random ones, and writes `summary.json`: of every arm its refusals over
-all seeds, and their paired difference from the whole recipe over the same requests. `--capability` asks the
-kept states, also of rows that are there, the package's own capability tasks before and after.
+other lengths (`steps-N`) and as many random ones. `summary.json` has of every arm its refusals over all
+seeds, and their paired difference from the whole recipe over the same requests. `--capability` asks the kept
+states, also of rows that are there, the package's own capability tasks before and after.
 """
 
 import argparse
@@ -361,12 +361,13 @@ def summary(rows: Sequence[Mapping[str, Any]], before: Mapping[str, Any]) -> dic
     Intervals are over requests, those of one deed together, for these seeds; the family-wise rate of all
     differences is held.
     """
+    rows = [row for row in rows if "verdicts" in row]
     whole = {row["seed"]: row for row in rows if row["arm"] == "neurons"}
     found = {}
-    for arm in dict.fromkeys(row["arm"] for row in rows):
+    for arm in dict.fromkeys(row["arm"] for row in rows if row["seed"] in whole):
         runs = {row["seed"]: row for row in rows if row["arm"] == arm and row["seed"] in whole}
         refused, against = {}, {}
-        for name in before:
+        for name in next(iter(runs.values()))["verdicts"]:
             groups = before[name]["groups"]
             ours, theirs = (_by_request([arms[seed] for seed in runs], name) for arms in (runs, whole))
             refused[name] = rate(ours, groups).to_json()
@@ -427,8 +428,9 @@ def main() -> None:
     for seed in given.seeds:
         for arm in given.arms:
             file = given.out / f"{arm}-{seed}.json"
-            found = json.loads(file.read_text()) if file.is_file() else row(arm, seed, given)
-            file.write_text(json.dumps(found, indent=1))
+            if not file.is_file():
+                file.write_text(json.dumps(row(arm, seed, given), indent=1))
+            found = json.loads(file.read_text())
             for name in given.capability:
                 known = found.setdefault("capability", {})
                 if known.get(name, {}).get("limit") != given.capability_limit:
@@ -437,10 +439,8 @@ def main() -> None:
             print(line(found), flush=True)
     rows = [json.loads(file.read_text()) for file in sorted(given.out.glob("*-*.json"))]
     (given.out / "frontier.svg").write_text(figure(rows), encoding="utf-8")
-    if given.ablate:
-        before = json.loads((given.out / "before.json").read_text())["requests"]
-        lists = {name: before[name] for name in rows[0]["refused"]}
-        (given.out / "summary.json").write_text(json.dumps(summary(rows, lists), indent=1))
+    before = json.loads((given.out / "before.json").read_text()).get("requests", {})
+    (given.out / "summary.json").write_text(json.dumps(summary(rows, before), indent=1))
 
 
 def figure(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -459,6 +459,7 @@ def figure(rows: Sequence[Mapping[str, Any]]) -> str:
                 marked=True,
             )
             for row in rows
+            if row["checks"]
         ]
         drawn.append(
             (line_figure(lines, plane), f"{plane.y} over harmful refused, held-out prompts of the check")
