@@ -35,8 +35,8 @@ def prompts_of(number: int) -> list[str]:
     return [" ".join(drawn.choices(WORDS, k=LENGTHS[index % len(LENGTHS)])) for index in range(number)]
 
 
-def model_of(seed: int) -> Any:
-    """A random Llama of 4 layers, hidden 128, with a tokenizer of whole words."""
+def model_of(seed: int, layers: int = 4, width: int = 128, context: int = 256) -> Any:
+    """A random Llama of heads of 32 with a tokenizer of whole words."""
     import tokenizers
     import torch
     import transformers
@@ -52,12 +52,12 @@ def model_of(seed: int) -> Any:
     torch.manual_seed(seed)
     config = transformers.LlamaConfig(
         vocab_size=len(vocabulary),
-        hidden_size=128,
-        intermediate_size=352,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
+        hidden_size=width,
+        intermediate_size=width * 11 // 4,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 32,
+        num_key_value_heads=width // 64,
+        max_position_embeddings=context,
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,

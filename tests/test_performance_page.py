@@ -42,3 +42,13 @@ def test_what_two_processes_save_is_what_was_measured():
     for row in record["rows"]:
         found = row["value"]
         assert f"| {found['median']:.3f} [{found['low']:.3f}, {found['high']:.3f}] | ≥ 1.6 |" in page
+
+
+def test_how_time_grows_is_what_was_measured(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    scaling = module_of("scaling")
+    record = json.loads((ROOT / "benchmarks" / "results" / "scaling.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8").splitlines()
+    works = tuple(f"| {work} |" for work in record["seconds"])
+    assert [line for line in page if line.startswith(works) and " … " in line] == scaling.table(record)
+    assert scaling.PAGE.read_text(encoding="utf-8") == scaling.figure(record)
