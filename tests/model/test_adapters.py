@@ -1,5 +1,6 @@
 import json
 import shutil
+import sys
 import warnings
 
 import peft
@@ -47,6 +48,13 @@ def _scaled(*folders):
             layer = int(name.split("layers.")[1].split(".")[0])
             model.model.layers[layer].mlp.down_proj.weight.data *= vector.flatten()
     return LanguageModel(model)
+
+
+def test_a_model_without_adapters_needs_no_peft(folders, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)  # so that its import is an error
+    assert torch.equal(_logits(load(folders["base"])), _logits(LanguageModel(tiny_llama())))
+    with pytest.raises(ImportError):
+        load(f"{folders['base']}+{folders['first']}")
 
 
 def test_adapters_of_one_type_act_together_and_stay_unmerged(folders):

@@ -261,11 +261,14 @@ def check_one_kind(folders: Sequence[Path], configs: Sequence[Any]) -> None:
 def attach(model: nn.Module, folders: Sequence[Path], configs: Sequence[Any]) -> nn.Module:
     """Puts adapters on a model, unmerged, and returns the PEFT model; their names are `a0`, `a1`, … in order.
 
-    Which of them act is decided by `activate`.
+    Which of them act is decided by `activate`. Without any, the model itself, and PEFT is not imported: that takes
+    seconds and a hundred megabytes.
 
     Raises:
         ModelError: An adapter that does not fit the model, or with weights missing or unknown.
     """
+    if not folders:
+        return model
     import peft
 
     adapted: Any = None
@@ -285,7 +288,7 @@ def attach(model: nn.Module, folders: Sequence[Path], configs: Sequence[Any]) ->
                 "for it"
             ) from error
         _load_weights(adapted, name, folder)
-    return adapted.eval() if adapted is not None else model
+    return adapted.eval()
 
 
 def merge(model: nn.Module, folders: Sequence[Path], configs: Sequence[Any]) -> nn.Module:
