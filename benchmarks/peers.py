@@ -651,7 +651,7 @@ def importance(_: LanguageModel, options: argparse.Namespace) -> Part:
             with torch.no_grad(), readers.on():
                 readers.start(batch)
                 forward(one.model, batch)
-                return readers.take()[0]
+                return {key: values[0] for key, values in readers.take().items()}
 
         def plain(batch: Batch = batch) -> None:
             with torch.no_grad():

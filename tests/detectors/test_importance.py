@@ -33,7 +33,11 @@ def closed(lm, sequences, keys=None, exact=True, **options):
         batch = collate(sequences, range(len(sequences)), pad_id=0)
         readers.start(batch)
         forward(lm.model, batch)
-        return [{key: torch.from_numpy(values) for key, values in row.items()} for row in readers.take()]
+        scores = readers.take()
+        return [
+            {key: torch.from_numpy(values[row]) for key, values in scores.items()}
+            for row in range(len(sequences))
+        ]
 
 
 def tokens(n, seed=0):

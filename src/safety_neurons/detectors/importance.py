@@ -5,7 +5,7 @@ Scores of a layer are computed inside the forward pass, as soon as its o or down
 nothing else is kept.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -274,21 +274,21 @@ class ImportanceReaders:
     factors: dict[str, OutputFactors] = field(default_factory=dict)
     norms: dict[str, Tensor] = field(default_factory=dict)
     _lengths: list[int] = field(default_factory=list)
-    _scores: list[dict[str, np.ndarray]] = field(default_factory=list)
+    _scores: dict[str, np.ndarray] = field(default_factory=dict)
     _experts: list[ExpertsReader] = field(default_factory=list)
 
     def start(self, batch: Batch) -> None:
         """Forget what an unfinished pass left, and note the lengths of the rows."""
         self._lengths = list(batch.lengths)
-        self._scores = [{} for _ in self._lengths]
+        self._scores = {}
         for experts in self._experts:
             experts.start()
 
-    def take(self) -> list[dict[str, np.ndarray]]:
-        """Scores of every row of the pass that just ended, by key."""
+    def take(self) -> dict[str, Float[np.ndarray, "row neuron"]]:
+        """Scores of the pass that just ended, by key; NaN where a row was given none."""
         for experts in self._experts:
             experts.finish()
-        scores, self._scores = self._scores, []
+        scores, self._scores = self._scores, {}
         return scores
 
     @contextmanager
@@ -341,8 +341,12 @@ class ImportanceReaders:
         return self._lengths
 
     def give(self, row: int, key: str, scores: Tensor) -> None:
-        """Keep the scores of a row."""
-        self._scores[row][key] = scores.detach().to("cpu", torch.float64).numpy()
+        """Keep the scores of a row, in one array for all rows: many small ones, made between what is freed again,
+        would keep the C library from giving that back.
+        """
+        if key not in self._scores:
+            self._scores[key] = np.full((len(self._lengths), len(scores)), np.nan)
+        self._scores[key][row] = scores.detach().to("cpu", torch.float64).numpy()
 
 
 def prove_layers(lm: LanguageModel, layers: list[LayerAnatomy]) -> dict[int, AttentionPlan]:
@@ -542,13 +546,30 @@ def score(method: Importance, run: Run) -> Scored:
     keys = _keys(method, run)
     fed, counts = _encoded(run)
     _refuse_pairs(run, keys, max(map(len, fed), default=0))
-    readers = ImportanceReaders(
-        run.aligned, keys, Options(method.space, method.as_published, method.memory_budget * 2**20)
-    )
-    with torch.no_grad(), run.aligned.running(), readers.on():
-        folded = run.fold(fed, _Reduce(run.aligned, readers, run.votes))
+    with reading_by(method, run.aligned, keys, run.votes) as reduce:
+        folded = run.fold(fed, reduce)
     counts = counts.without(len(folded.failed))
     return Scored({key: folded.sums[key] / counts.used for key in keys}, counts, folded.votes)
+
+
+@contextmanager
+def reading_by(
+    method: Importance, model: LanguageModel, keys: Sequence[str] | None = None, votes: bool = False
+) -> Iterator["_Reduce"]:
+    """What every batch goes through, its readers on the model meanwhile.
+
+    Args:
+        method: how.
+        model: which model.
+        keys: sites to score; all that the method searches where None.
+        votes: whether the scores of every prompt are wanted.
+    """
+    if keys is None:
+        keys = tuple(model.table.select(sites=method.searched).sizes)
+    options = Options(method.space, method.as_published, method.memory_budget * 2**20)
+    readers = ImportanceReaders(model, tuple(keys), options)
+    with torch.no_grad(), model.running(), readers.on():
+        yield _Reduce(model, readers, votes)
 
 
 @dataclass
@@ -562,9 +583,12 @@ class _Reduce:
     def __call__(self, batch: Batch) -> BatchSums:
         self.readers.start(batch)
         forward(self.model.model, batch)
-        rows = self.readers.take()
-        sums = {key: np.sum(np.stack([scores[key] for scores in rows]), axis=0) for key in self.readers.keys}
-        return BatchSums(sums, rows if self.per_prompt else [])
+        scores = self.readers.take()
+        rows = range(len(batch) if self.per_prompt else 0)
+        return BatchSums(
+            {key: scores[key].sum(0) for key in self.readers.keys},
+            [{key: values[row] for key, values in scores.items()} for row in rows],
+        )
 
 
 def _keys(method: Importance, run: Run) -> tuple[str, ...]:
