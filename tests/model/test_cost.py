@@ -1,15 +1,21 @@
 """What a run needs, told from shapes: parameters of public models, and sums of what can be counted."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
+from collections.abc import Callable, Iterator
 
 import pytest
 
-from safety_neurons.errors import ModelError
+from families import build
+from safety_neurons.errors import ModelError, UnsupportedModelError
 from safety_neurons.model import LanguageModel, estimate
-from safety_neurons.model.cost import Work, cost
+from safety_neurons.model.batches import Batch, forward
+from safety_neurons.model.cost import Work, _probe_tokens, cost
+from safety_neurons.model.hooks import around
 from safety_neurons.model.outline import Outline, outlines
+from safety_neurons.model.pace import Throughput, TimedLayers
 from safety_neurons.prompt_lists import Prompts
 from tiny import CHAT_TEMPLATE, tiny_llama, tiny_llama_folder, tiny_tokenizer
 
@@ -123,6 +129,62 @@ def test_an_estimate_adds_up_what_can_be_counted() -> None:
     assert estimate([lm, other], PROMPTS).weights_bytes == plan.weights_bytes
     more = LanguageModel(tiny_llama(seed=1), lm.tokenizer)
     assert estimate([lm, more], PROMPTS).weights_bytes == 2 * plan.weights_bytes
+
+
+def test_the_parts_of_a_time_add_up_and_weights_take_longer_the_more_often_they_are_hashed(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [outline], weights = outlines([tiny_llama_folder(tmp_path / "model")])
+    monkeypatch.setattr(Throughput, "hashed", lambda _: 1e6)
+    works = [Work("read", (5, 7), models=2), Work("write", (5, 7), passes=0, new_tokens=3, answers=2)]
+    plan = dataclasses.replace(cost(outline, works, weights, 0, hashed=3 * weights), start_seconds=1.5)
+    parts = (plan.start_seconds, plan.loading_seconds, plan.proof_seconds, plan.work_seconds)
+    assert plan.seconds == sum(parts)
+    assert min(parts) > 0
+    assert plan.loading_seconds == 3 * weights / 1e6
+    assert cost(outline, works, weights, 0).loading_seconds == 0
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "qwen3_next", "qwen2_moe", "gpt_oss"])
+def test_tokens_of_the_proof_are_those_that_are_fed(family: str) -> None:
+    lm = LanguageModel(build(family))
+    fed: list[int] = []
+    with around(
+        before={lm.inner.get_input_embeddings(): lambda args, _: fed.append(args[0].numel())}, after={}
+    ):
+        assert lm.table.n_neurons
+    assert sum(fed) == _probe_tokens(Outline.of(lm))
+
+
+class OwnPace:
+    """A method whose batches take what a clock says, and what is done once before them."""
+
+    def __init__(self, fails: bool = False) -> None:
+        self.fails = fails
+
+    @contextlib.contextmanager
+    def __call__(self, lm: LanguageModel) -> Iterator[Callable[[Batch], object]]:
+        if self.fails:
+            raise UnsupportedModelError("no such\nsite")
+        yield lambda batch: forward(lm.model, batch)
+
+
+def test_a_work_of_its_own_pace_takes_its_time_and_falls_back_with_a_note(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [outline], weights = outlines([tiny_llama_folder(tmp_path / "model")])
+    monkeypatch.setattr(TimedLayers, "seconds", lambda *_: 1.0)
+    plain = cost(outline, [Work("read", (5, 5, 7))], weights, 0)
+    slow = Work("read", (5, 5, 7), reading=OwnPace())
+    monkeypatch.setattr(TimedLayers, "reading", lambda *_: (2.0, 10.0))
+    layers = len(outline.anatomy.layers)
+    assert cost(outline, [slow], weights, 0).work_seconds == pytest.approx((2.0 + 10.0) * layers, rel=0.01)
+    monkeypatch.undo()
+    monkeypatch.setattr(TimedLayers, "seconds", lambda *_: 1.0)
+    failed = cost(outline, [Work("read", (5, 5, 7), reading=OwnPace(fails=True))], weights, 0)
+    assert failed.work_seconds == plain.work_seconds
+    [note] = failed.notes
+    assert "as if it were a plain pass (UnsupportedModelError: no such site)" in note
 
 
 def test_an_estimate_reads_as_a_few_lines() -> None:

@@ -50,12 +50,14 @@ def plan(session: Session) -> dict[str, Any]:
         planner.disk(works),
         batch_size=session.batch_size(),
         truncated=planner.truncated,
+        hashed=planner.hashed,
         notes=planner.notes,
     )
-    found = dataclasses.replace(found, seconds=started + found.seconds)
+    found = dataclasses.replace(found, start_seconds=started)
     if not session.common.json:
         console.say(str(found))
-    return {**dataclasses.asdict(found), "memory_bytes": found.memory_bytes, "fits": found.fits}
+    told = {name: getattr(found, name) for name in ("seconds", "memory_bytes", "fits")}
+    return {**dataclasses.asdict(found), **told}
 
 
 class Planner:
@@ -64,6 +66,7 @@ class Planner:
     Attributes:
         outline: the model that reads and answers.
         weights: bytes of all models' weights.
+        hashed: of these, as often as a run hashes them: its files once, in memory once for each model.
         truncated: prompts that do not fit the context.
         notes: what is not counted.
     """
@@ -89,6 +92,7 @@ class Planner:
         found, self.weights = outlines(specs, **session.loading())
         self.outline: Outline = found[-1] if self.words[0] == "find" else found[0]
         self.n_models = len(found)
+        self.hashed = self.weights + sum(one.weights_bytes for one in found)
         self.truncated = 0
         self.notes: list[str] = []
         self._known: dict[tuple[Any, ...], tuple[int, ...]] = {}
@@ -216,6 +220,7 @@ class Planner:
                 ),
                 statistics=method.STATISTICS,
                 kept=MEMORY_BUDGET if method.NAME == "contrast" else 0,
+                reading=method.reading(),
             )
         )
         return works

@@ -341,8 +341,8 @@ class ImportanceReaders:
         return self._lengths
 
     def give(self, row: int, key: str, scores: Tensor) -> None:
-        """Keep the scores of a row, in one array for all rows: many small ones, made between what is freed again,
-        would keep the C library from giving that back.
+        """Keep the scores of a row, in one array for all rows: many small ones, made between what is freed
+        again, would keep the C library from giving that back.
         """
         if key not in self._scores:
             self._scores[key] = np.full((len(self._lengths), len(scores)), np.nan)

@@ -89,6 +89,12 @@ class Method(Searched):
     STATISTICS: ClassVar[int] = 3
     """float64 numbers that it keeps for every neuron searched."""
 
+    READER: ClassVar[str] = ""
+    """`module:function` of what every batch goes through, of the method and a model, as a context.
+
+    For methods whose time a plan cannot tell from operations, so that it is measured.
+    """
+
     PASSES: ClassVar[float | int] = 1
     """How often each of its models reads a prompt, a backward pass counted as two."""
 
@@ -154,8 +160,20 @@ class Method(Searched):
 
     def score(self, run: Any) -> Any:
         """Scores of the searched neurons (`runner.Scored`) of what is to be looked at (`runner.Run`)."""
-        module, _, function = self.SCORER.partition(":")
-        return getattr(importlib.import_module(f"safety_neurons.detectors.{module}"), function)(self, run)
+        return _function(self.SCORER)(self, run)
+
+    def reading(self) -> Any:
+        """What every batch goes through in a model, for plans (`model.pace.Reading`).
+
+        None where operations tell its time.
+        """
+        return functools.partial(_function(self.READER), self) if self.READER else None
+
+
+def _function(named: str) -> Any:
+    """The function that `module:function` of the detectors names."""
+    module, _, function = named.partition(":")
+    return getattr(importlib.import_module(f"safety_neurons.detectors.{module}"), function)
 
 
 METHODS: dict[str, type[Method]] = {}
@@ -312,7 +330,7 @@ class Importance(Method, Voted):
     the paper's intersection.
     """
 
-    NAME, SCORER = "importance", "importance:score"
+    NAME, SCORER, READER = "importance", "importance:score", "importance:reading_by"
     PANEL: ClassVar[str | None] = None
     DEFAULT_TOP = 0.01
 

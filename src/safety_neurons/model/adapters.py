@@ -261,8 +261,8 @@ def check_one_kind(folders: Sequence[Path], configs: Sequence[Any]) -> None:
 def attach(model: nn.Module, folders: Sequence[Path], configs: Sequence[Any]) -> nn.Module:
     """Puts adapters on a model, unmerged, and returns the PEFT model; their names are `a0`, `a1`, … in order.
 
-    Which of them act is decided by `activate`. Without any, the model itself, and PEFT is not imported: that takes
-    seconds and a hundred megabytes.
+    Which of them act is decided by `activate`. Without any, the model itself, and PEFT, whose import takes
+    seconds and a hundred megabytes, is left alone.
 
     Raises:
         ModelError: An adapter that does not fit the model, or with weights missing or unknown.

@@ -1,7 +1,7 @@
 """What a run needs, from the shapes of its models alone: memory, arithmetic, time and disk.
 
 Nothing is loaded. Memory is what the run adds to the process; time is the number of floating-point operations
-divided by the rate at which this machine runs a layer of the model, measured for a moment.
+divided by the rate at which this machine runs a layer of the model, or a method on it, measured for a moment.
 """
 
 import math
@@ -14,10 +14,10 @@ import torch
 from safety_neurons.model.batches import BatchSize, plan, token_budget
 from safety_neurons.model.language_model import LanguageModel
 from safety_neurons.model.outline import Outline
-from safety_neurons.model.pace import Throughput, attended_in
+from safety_neurons.model.pace import Reading, ReadingPace, Throughput, attended_in
 from safety_neurons.model.passes import LOGIT_BYTES
 from safety_neurons.model.proof import ROWS_AT_ONCE, TOKENS
-from safety_neurons.model.sites import AttentionAnatomy
+from safety_neurons.model.sites import AttentionAnatomy, LayerAnatomy
 from safety_neurons.neurons import MLP_SITES
 from safety_neurons.prompt_lists import Prompts
 
@@ -45,6 +45,7 @@ class Work:
         statistics: float64 numbers that are kept for each of them.
         kept: Bytes of activations at all of them that a batch may keep; 0 where none are kept.
         trained: Entries of weights that are trained.
+        reading: What a batch goes through, where operations alone do not tell its time.
     """
 
     what: str
@@ -61,6 +62,7 @@ class Work:
     statistics: int = 0
     kept: int = 0
     trained: int = 0
+    reading: Reading | None = field(default=None, repr=False)
 
     @property
     def tokens(self) -> int:
@@ -94,7 +96,11 @@ class CostEstimate:
         working_disk_bytes: Partial state beside them while it runs.
         flops: Floating-point operations of all passes.
         flops_per_second: Measured rate of this machine, on the widest batch.
-        seconds: Operations divided by the rates of the probe, of the widest batch and of one decoding step.
+        start_seconds: Python, its libraries and the configuration, where the plan took them too; 0 otherwise.
+        loading_seconds: Reading and hashing the weights.
+        proof_seconds: The passes that prove where the neurons are.
+        work_seconds: Operations divided by the rates of the widest batch, of one decoding step and of what
+            methods do.
         prompts: Number of prompts.
         tokens: Tokens that are fed, as often as they are.
         new_tokens: Tokens that are generated at most.
@@ -120,7 +126,9 @@ class CostEstimate:
     working_disk_bytes: int
     flops: float
     flops_per_second: float
-    seconds: float
+    loading_seconds: float
+    proof_seconds: float
+    work_seconds: float
     prompts: int
     tokens: int
     new_tokens: int
@@ -131,6 +139,12 @@ class CostEstimate:
     device_bytes: int = 0
     steps: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    start_seconds: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """The whole time."""
+        return self.start_seconds + self.loading_seconds + self.proof_seconds + self.work_seconds
 
     @property
     def memory_bytes(self) -> int:
@@ -167,6 +181,15 @@ class CostEstimate:
             if self.working_disk_bytes
             else ""
         )
+        spent = [
+            f"{name} {_duration(seconds)}"
+            for name, seconds in (
+                ("start", self.start_seconds),
+                ("weights", self.loading_seconds),
+                ("probe passes", self.proof_seconds),
+                ("work", self.work_seconds),
+            )
+        ]
         lines = [
             f"{_count(self.parameters)} parameters{active}, {self.neurons:,} neurons",
             f"{self.prompts:,} prompts, {self.tokens:,} tokens to feed, up to {self.new_tokens:,} to "
@@ -174,8 +197,8 @@ class CostEstimate:
             *(f"  {step}" for step in self.steps),
             f"memory about {_size(self.memory_bytes)} on {self.device} in {self.dtype} "
             f"({', '.join(parts)}){room}",
-            f"time about {_duration(self.seconds)} ({self.flops / 1e12:,.3g} TFLOP; the widest batch runs "
-            f"at {self.flops_per_second / 1e9:,.3g} GFLOP/s, measured)",
+            f"time about {_duration(self.seconds)} ({', '.join(spent)}; {self.flops / 1e12:,.3g} TFLOP; the "
+            f"widest batch runs at {self.flops_per_second / 1e9:,.3g} GFLOP/s, measured)",
             f"disk about {_size(self.disk_bytes)}{partial}",
             *self.notes,
         ]
@@ -218,6 +241,7 @@ def cost(
     *,
     batch_size: BatchSize = "auto",
     truncated: int = 0,
+    hashed: int = 0,
     notes: Sequence[str] = (),
 ) -> CostEstimate:
     """The needs of a run that does these works one after the other.
@@ -229,20 +253,22 @@ def cost(
         disk: Bytes of the files of the finished run.
         batch_size: Rows of a batch, or `auto`.
         truncated: Prompts that do not fit the context.
+        hashed: Bytes of weights that are read and hashed, each as often as it is.
         notes: What makes a number less certain.
     """
     sizes = [_sizes(outline, work, batch_size) for work in works]
     peak = max(sizes, key=lambda one: one.total, default=_Sizes())
     counted = [_operations(outline, work, one) for work, one in zip(works, sizes, strict=True)]
-    probing = _probe_tokens(outline)
+    probing = _probe_tokens(outline) * max((work.models for work in works), default=1)
     at_probe = probing * (2 * outline.decoder_parameters + 2 * outline.n_ids * outline.hidden / TOKENS)
     flops = at_probe + sum(read + written for read, written in counted)
     widest = max(sizes, key=lambda one: one.rows * one.width, default=_Sizes())
     rate = Throughput(outline)
     many = rate(widest.rows, widest.width)
-    seconds = at_probe / rate(min(ROWS_AT_ONCE, _probe_keys(outline)), TOKENS)
-    seconds += sum(read for read, _ in counted) / many
-    for one, (_, written) in zip(sizes, counted, strict=True):
+    seconds = 0.0
+    for work, one, (read, written) in zip(works, sizes, counted, strict=True):
+        own = _own_pace(outline, work, one, rate)
+        seconds += read / many if own is None else read / own.rate + own.once * len(outline.anatomy.layers)
         seconds += written / rate(one.rows, 1, one.width) if written else 0.0
     working = max((8 * work.statistics * work.neurons for work in works), default=0)
     return CostEstimate(
@@ -259,7 +285,9 @@ def cost(
         working_disk_bytes=working,
         flops=flops,
         flops_per_second=many,
-        seconds=seconds,
+        loading_seconds=hashed / rate.hashed() if hashed else 0.0,
+        proof_seconds=at_probe / rate(min(ROWS_AT_ONCE, _probe_keys(outline)), TOKENS),
+        work_seconds=seconds,
         prompts=max((len(work.lengths) for work in works), default=0),
         tokens=round(sum(work.tokens * work.passes * work.models for work in works)),
         new_tokens=sum(work.written for work in works),
@@ -296,6 +324,7 @@ class _Sizes:
     rows: int = 1
     width: int = 1
     batches: int = 0
+    lengths: tuple[int, ...] = ()
 
     @property
     def total(self) -> int:
@@ -333,7 +362,20 @@ def _sizes(outline: Outline, work: Work, batch_size: BatchSize) -> _Sizes:
     if work.logits:
         logits = fed * outline.n_ids * (size + 4) * (2 if work.backward else 1)
     statistics += work.trained * 4 * 4
-    return _Sizes(activations, cache, logits, statistics, rows, width, len(groups))
+    lengths = tuple(full[index] for index in group)
+    return _Sizes(activations, cache, logits, statistics, rows, width, len(groups), lengths)
+
+
+def _own_pace(outline: Outline, work: Work, sizes: _Sizes, rate: Throughput) -> ReadingPace | None:
+    """Of what a batch of a work goes through, where it has one of its own."""
+    if work.reading is None or not sizes.lengths:
+        return None
+
+    def operations(layer: LayerAnatomy, length: int) -> float:
+        plain = length * (2 * outline.passed_in(layer) + attended_in(outline, layer, length))
+        return plain + (_exact_in(layer, length) if work.exact is not None else 0.0)
+
+    return rate.of_reading(work.reading, sizes.lengths, operations)
 
 
 def _operations(outline: Outline, work: Work, sizes: _Sizes) -> tuple[float, float]:
@@ -344,7 +386,7 @@ def _operations(outline: Outline, work: Work, sizes: _Sizes) -> tuple[float, flo
     if work.logits or work.backward:
         read += head * work.tokens * work.passes * work.models
     if work.exact is not None:
-        read += sum(_exact_operations(outline, length) for length in work.lengths)
+        read += sum(_exact_in(layer, length) for length in work.lengths for layer in outline.anatomy.layers)
     prompts = once * (work.answers if work.new_tokens else 0)
     if work.kept:  # sites are read in several passes where one batch's activations do not fit
         token = work.active * max(outline.itemsize, 4)
@@ -374,14 +416,13 @@ def _attended(outline: Outline, length: float | int) -> float:
     return sum(attended_in(outline, layer, length) for layer in outline.anatomy.layers)
 
 
-def _exact_operations(outline: Outline, length: int) -> float:
-    """Of exact importance beside the pass: for each row of q and k new softmaxes of its heads, their mixtures
-    of values, and the norm of what the output projection makes of them.
+def _exact_in(layer: LayerAnatomy, length: int) -> float:
+    """Of exact importance beside the pass, in one layer: for each row of q and k new softmaxes of its heads,
+    their mixtures of values, and the norm of what the output projection makes of them.
     """
-    return sum(
-        2.0 * part.n_heads * part.head_dim**2 * (length**2 + 2 * length * part.head_dim)
-        for part in _attentions(outline)
-    )
+    if (part := layer.attention) is None:
+        return 0.0
+    return 2.0 * part.n_heads * part.head_dim**2 * (length**2 + 2 * length * part.head_dim)
 
 
 def _exact_bytes(outline: Outline, longest: int, short: int, together: int) -> int:
@@ -426,9 +467,15 @@ def _probe_keys(outline: Outline) -> int:
 
 
 def _probe_tokens(outline: Outline) -> int:
-    """Tokens of the passes that prove the anatomy: one row a site without it, two rows beside every 64."""
-    keys = _probe_keys(outline)
-    return TOKENS * (keys + 2 * math.ceil(keys / ROWS_AT_ONCE) + 8)
+    """Tokens of the passes that prove the anatomy, the first guess of every layout being right: two rows for
+    attention (of one token), feed-forward parts, projections, experts and a decoding step; three rows a layer
+    beside one for queries in a fused projection; and one row a site without it, two rows beside every 64.
+    """
+    keys, layers = _probe_keys(outline), outline.anatomy.layers
+    fused = sum(part.layout is not None or part.gate is not None for part in _attentions(outline))
+    whole = 3 + any(layer.experts is not None for layer in layers)
+    rows = 2 * whole + (1 + 3 * fused if fused else 0) + keys + 2 * math.ceil(keys / ROWS_AT_ONCE)
+    return 2 * any(_attentions(outline)) + TOKENS * rows
 
 
 def _probe_bytes(outline: Outline) -> int:

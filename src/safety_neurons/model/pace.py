@@ -1,21 +1,27 @@
 """How fast this machine runs a model of which only the shape is known: one of its layers, with made-up
-weights, reads a batch or takes a decoding step.
+weights, reads a batch, takes a decoding step, or goes through what a method does with a batch.
 
 A product of matrices alone says too little: attention, norms and the calls themselves take as long again in
-small models, and a decoding step of few rows is bound by reading weights.
+small models, a decoding step of few rows is bound by reading weights, and a method's own arithmetic may be of
+small matrices and exponentials.
 """
 
 import copy
+import hashlib
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from safety_neurons.errors import UnsupportedModelError
-from safety_neurons.model.batches import decoder_of
+from safety_neurons.model.anatomy import resolve
+from safety_neurons.model.batches import Batch, collate, decoder_of
 from safety_neurons.model.decoding import cache_in, cache_name
+from safety_neurons.model.language_model import LanguageModel
 from safety_neurons.model.outline import Outline
 from safety_neurons.model.sites import Anatomy, LayerAnatomy, unwrapped
 
@@ -25,6 +31,26 @@ MOST_OPERATIONS = {"cpu": 2e10}
 """Of a pass that is timed, and of what is read before a decoding step; elsewhere a hundred times as many."""
 LEAST_SECONDS, MOST_TIMES = 0.2, 12
 """A pass is timed until so long has gone by, so often at most."""
+READING_SHARE = 0.2
+"""Of these operations, what a method is timed on: it takes longer to one, and more passes."""
+VOCABULARY = 64
+"""Tokens that made-up layers know."""
+HASHED_BYTES = 2**24
+"""Of made-up weights, read and hashed."""
+
+Operations = Callable[[LayerAnatomy, int], float]
+"""Of one layer for a prompt of so many tokens."""
+Reading = Callable[[LanguageModel], AbstractContextManager[Callable[[Batch], object]]]
+"""What a run does with every batch of prompts; entering it does what the run does once."""
+
+
+class ReadingPace(NamedTuple):
+    """How long a method takes, beside what it was timed on."""
+
+    once: float
+    """Seconds for each layer, whatever is read."""
+    rate: float
+    """Operations a second."""
 
 
 def attended_in(outline: Outline, layer: LayerAnatomy, length: float | int) -> float:
@@ -65,14 +91,40 @@ class Throughput:
             self._known[asked] = found or self._of_products(min(512, max(1, rows * tokens)))
         return self._known[asked]
 
+    def of_reading(
+        self, reading: Reading, lengths: Sequence[int], operations: Operations
+    ) -> ReadingPace | None:
+        """Of what a method does with a batch of prompts of these lengths.
+
+        None, and a note, where made-up layers cannot go through it.
+        """
+        if (layers := self._layers) is None:
+            return None
+        layer = layers.timed
+        sample = sampled(lengths, lambda length: operations(layer, length), READING_SHARE * self._most)
+        try:
+            once, seconds = layers.reading(reading, sample)
+        except Exception as error:
+            self.notes += (f"what is done with a prompt is timed as if it were a plain pass ({_why(error)})",)
+            return None
+        return ReadingPace(once, sum(operations(layer, length) for length in sample) / seconds)
+
+    def hashed(self) -> float:
+        """Bytes of weights a second that are taken into memory and hashed."""
+        content = torch.ones(HASHED_BYTES // 4)
+
+        def read() -> None:
+            hashlib.sha256(memoryview(content.clone().numpy())).digest()  # type: ignore[arg-type]
+
+        return HASHED_BYTES / max(min(_took(read, torch.device("cpu")) for _ in range(3)), 1e-9)
+
     def _by_itself(self, action: Callable[[], Any]) -> Any:
         """What comes of it, or None and a note: whatever keeps layers from running, the plan goes on."""
         try:
             return action()
         except Exception as error:
             self._layers = None
-            why = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-            self.notes = (f"the time is that of products of matrices alone, a lower bound ({why})",)
+            self.notes = (f"the time is that of products of matrices alone, a lower bound ({_why(error)})",)
             return None
 
     def _of_layers(self, rows: int, tokens: int, held: int) -> float:
@@ -96,6 +148,10 @@ class Throughput:
         return 2 * rows * inner * outer / max(took, 1e-9)
 
 
+def _why(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+
+
 def _took(action: Callable[[], Any], device: torch.device) -> float:
     """Seconds. On a processor the least of wall and processor time: one counts what else runs on the machine,
     the other all threads.
@@ -106,6 +162,22 @@ def _took(action: Callable[[], Any], device: torch.device) -> float:
         getattr(torch, device.type).synchronize()
         return time.perf_counter() - wall
     return min(time.perf_counter() - wall, time.process_time() - processor)
+
+
+def sampled(lengths: Sequence[int], operations: Callable[[int], float], most: float) -> list[int]:
+    """Some of these lengths, all of a length together as they are read, of so many operations at most: every
+    second, every third … length, then fewer of it, and at last a shorter one.
+    """
+    groups = [list(same) for _, same in groupby(sorted(lengths))]
+    for step in range(1, len(groups) + 1):
+        taken = [length for group in groups[step // 2 :: step] for length in group]
+        if sum(map(operations, taken)) <= most:
+            return taken
+    while len(taken) > 1 and sum(map(operations, taken)) > most:
+        taken = taken[: len(taken) // 2]
+    while taken[0] > 1 and operations(taken[0]) > most:
+        taken = [taken[0] // 2]
+    return taken
 
 
 class TimedLayers:
@@ -129,11 +201,8 @@ class TimedLayers:
         ends = [
             end for end in (inner.get_input_embeddings(), inner.get_output_embeddings()) if end is not None
         ]
-        kept = {
-            id(one)
-            for end in (*ends, *(each.module for each in anatomy.layers[2:]))
-            for one in end.parameters()
-        }
+        of_ends = {id(one): one for end in ends for one in end.parameters()}
+        kept = {id(one) for each in anatomy.layers[2:] for one in each.module.parameters()} | of_ends.keys()
         size = sum(one.numel() * dtype.itemsize for one in inner.parameters() if id(one) not in kept)
         names = [layer.module_name.rpartition(".") for layer in layers]
         lists = {parent for parent, _, _ in names}
@@ -143,22 +212,29 @@ class TimedLayers:
                 f"{MOST_BYTES / 1e9:.1f} GB in one were expected"
             )
         left_out: dict[int, Any] = {id(layer.module): nn.Identity() for layer in anatomy.layers[2:]}
-        made = copy.deepcopy(anatomy.model, left_out | {id(end): end for end in ends})
+        few = {
+            key: nn.Parameter(self._made(one[:VOCABULARY], dtype), requires_grad=False)
+            for key, one in of_ends.items()
+        }
+        made = self._model = copy.deepcopy(anatomy.model, left_out | few)
         self._list = made.get_submodule(names[0][0])
         for name in list(self._list._modules):
             if name not in {last for _, _, last in names}:
                 del self._list._modules[name]
         self._decoder = decoder_of(made)
         self._hidden = int(inner.config.get_text_config(decoder=True).hidden_size)
-        for module in self._decoder.modules():
-            if module not in ends:
-                module.training = False
-                self._fill(module)
+        inner = unwrapped(made)
+        inner.config.get_text_config(decoder=True).vocab_size = VOCABULARY
+        inner.get_input_embeddings().padding_idx = None
+        own = set(few.values())
+        for module in made.modules():
+            module.training = False
+            self._fill(module, own)
 
-    def _fill(self, module: nn.Module) -> None:
-        """Give a module of the meta device weights."""
+    def _fill(self, module: nn.Module, own: set[nn.Parameter]) -> None:
+        """Give a module of the meta device weights, but for its own."""
         for name, weight in module._parameters.items():
-            if weight is not None:
+            if weight is not None and weight not in own:
                 made = self._made(weight, self.dtype if weight.is_floating_point() else weight.dtype)
                 module._parameters[name] = nn.Parameter(made, requires_grad=False)
         for name, value in module._buffers.items():
@@ -181,11 +257,56 @@ class TimedLayers:
         both = self._timed(rows, tokens, held)
         if len(self._list._modules) == 1:
             return both
+        with self._one():
+            return max(both - self._timed(rows, tokens, held), both / 4)
+
+    def reading(self, reading: Reading, lengths: Sequence[int]) -> tuple[float, float]:
+        """Seconds of one layer, as `seconds`: of what is done once, and of a batch.
+
+        Args:
+            reading: what is done.
+            lengths: tokens of every row of the batch.
+        """
+        generator = torch.Generator().manual_seed(0)
+        rows = [torch.randint(VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
+        batch = collate(rows, range(len(rows))).to(self.device)
+        if len(self._list._modules) == 1:
+            self._timed_reading(reading, batch)
+            return self._timed_reading(reading, batch)
+        with self._one():
+            self._timed_reading(reading, batch)  # what the first call of any function takes is of no layer
+            first, one = self._timed_reading(reading, batch)
+        once, both = self._timed_reading(reading, batch)
+        return max(once - first, 0.0), max(both - one, both / 4)
+
+    @contextmanager
+    def _one(self) -> Iterator[None]:
+        """Without the second layer."""
         last, layer = self._list._modules.popitem()
         try:
-            return max(both - self._timed(rows, tokens, held), both / 4)
+            yield
         finally:
             self._list._modules[last] = layer
+
+    def _timed_reading(self, reading: Reading, batch: Batch) -> tuple[float, float]:
+        lm = LanguageModel(self._model)
+        config, there = lm.config, lm.config.num_hidden_layers
+        config.num_hidden_layers = len(self._list._modules)
+        try:
+            lm.anatomy = resolve(self._model)  # where it is proved, the plan counts the proof
+        finally:
+            config.num_hidden_layers = there
+        with ExitStack() as stack:
+            read: Any = None
+
+            def begin() -> None:
+                nonlocal read
+                read = stack.enter_context(reading(lm))
+                read(batch)
+
+            first = _took(begin, self.device)
+            again = min(_took(lambda: read(batch), self.device) for _ in range(2))
+        return max(first - again, 0.0), again
 
     def _timed(self, rows: int, tokens: int, held: int) -> float:
         given: dict[str, Any] = {"use_cache": held > 0}
