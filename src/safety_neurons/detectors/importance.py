@@ -262,8 +262,8 @@ class ImportanceReaders:
         keys: sites to score.
         options: how.
         plans: proved attention formulas by layer; made on a probe pass where they are needed and absent.
-        factors: what is needed of o projections, by layer; made at the first prompt, so weights must stay as
-            they are.
+        factors: what is needed of o projections, by layer; made before the first pass, between whose
+            activations it would lie otherwise, so weights must stay as they are.
         norms: the same of down projections.
     """
 
@@ -278,9 +278,15 @@ class ImportanceReaders:
     _experts: list[ExpertsReader] = field(default_factory=list)
 
     def start(self, batch: Batch) -> None:
-        """Forget what an unfinished pass left, and note the lengths of the rows."""
+        """Forget what an unfinished pass left, and note the lengths of the rows.
+
+        Room for the scores is made before the pass, in one piece: small arrays made between its activations
+        would keep the C library from using their room again, layer by layer.
+        """
         self._lengths = list(batch.lengths)
-        self._scores = {}
+        sizes = [self.lm.table.sizes[key] for key in self.keys]
+        room = np.full((len(self._lengths), sum(sizes)), np.nan)
+        self._scores = dict(zip(self.keys, np.split(room, np.cumsum(sizes)[:-1], axis=1), strict=True))
         for experts in self._experts:
             experts.start()
 
@@ -312,6 +318,11 @@ class ImportanceReaders:
             stack.enter_context(reading(anatomy, readers))
             yield
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type that scores are computed in."""
+        return torch.float64 if self.lm.dtype is torch.float64 else torch.float32
+
     def _wanted(self, layer: LayerAnatomy, sites: Iterable[str], prefix: str = "") -> tuple[str, ...]:
         return tuple(site for site in sites if f"layers.{layer.index}.{prefix}{site}" in self.keys)
 
@@ -320,6 +331,7 @@ class ImportanceReaders:
             attention = _AttentionReader(
                 layer.attention, f"layers.{layer.index}", wanted, self.plans.get(layer.index), self
             )
+            attention.prepare()
             if attention.plan is None:
                 readers[f"{attention.key}.o"] = attention.columns
             else:
@@ -327,6 +339,7 @@ class ImportanceReaders:
         for mlp, prefix in ((layer.mlp, ""), (layer.shared, "shared_expert.")):
             if mlp is not None and (wanted := self._wanted(layer, ("gate", "up", "down"), prefix)):
                 reader = _MlpReader(mlp, f"layers.{layer.index}.{prefix}".rstrip("."), wanted, self, layer)
+                reader.column_norms(self.dtype)
                 readers.update(reader.readers())
                 stack.enter_context(reader.on())
         if layer.experts is not None:
@@ -341,11 +354,7 @@ class ImportanceReaders:
         return self._lengths
 
     def give(self, row: int, key: str, scores: Tensor) -> None:
-        """Keep the scores of a row, in one array for all rows: many small ones, made between what is freed
-        again, would keep the C library from giving that back.
-        """
-        if key not in self._scores:
-            self._scores[key] = np.full((len(self._lengths), len(scores)), np.nan)
+        """Keep the scores of a row."""
         self._scores[key][row] = scores.detach().to("cpu", torch.float64).numpy()
 
 
@@ -384,11 +393,28 @@ class _AttentionReader:
     ) -> None:
         self.part, self.key, self.wanted, self.plan, self.owner = part, key, wanted, plan, owner
 
-    def factors(self, like: Tensor) -> OutputFactors:
-        """Of the o projection, computed at the first prompt."""
+    def prepare(self) -> None:
+        """Compute what the scores need of the o projection, and nothing of a prompt."""
+        options = self.owner.options
+        if options.as_published:
+            return
+        needed = {"o": "column_norms", "v": "value_gram"}
+        if options.space == "output" and self.plan is not None:
+            alone = self.part.n_heads == self.part.n_kv_heads
+            for site, norm in (("q", self.plan.q_norm), ("k", self.plan.k_norm)):
+                across = norm is not None and norm.across_heads
+                needed[site] = (
+                    "of_all" if across else "of_heads" if site == "q" and not alone else "of_groups"
+                )
+        for site in self.wanted:
+            if site in needed:
+                getattr(self.factors(), needed[site])
+
+    def factors(self) -> OutputFactors:
+        """Of the o projection."""
         factors = self.owner.factors
         if self.key not in factors:
-            place, dtype = self.part.places["o"], like.dtype
+            place, dtype = self.part.places["o"], self.owner.dtype
             scale = input_scale(place)
 
             def weight() -> Tensor:
@@ -406,9 +432,7 @@ class _AttentionReader:
             mixed = _working(values[row, :length])
             norms = torch.linalg.vector_norm(mixed, dim=0)
             scores = (
-                mixed.abs().sum(0)
-                if self.owner.options.as_published
-                else norms * self.factors(mixed).column_norms
+                mixed.abs().sum(0) if self.owner.options.as_published else norms * self.factors().column_norms
             )
             self.owner.give(row, f"{self.key}.o", scores)
 
@@ -438,9 +462,7 @@ class _AttentionReader:
             if options.as_published:
                 self._give(row, published_attention(self.plan, states, options.budget))
             elif length > SHORT:
-                scorer = AttentionScorer(
-                    self.plan, states, self.factors(states.q), options.space, options.budget
-                )
+                scorer = AttentionScorer(self.plan, states, self.factors(), options.space, options.budget)
                 self._give(row, {site: scorer.scores(site) for site in self.wanted})
             else:
                 together.setdefault(length, []).append((row, states))
@@ -451,7 +473,7 @@ class _AttentionReader:
     def _score_together(self, rows: list[tuple[int, AttentionStates]]) -> None:
         """Short prompts of one length."""
         assert self.plan is not None
-        options, factors = self.owner.options, self.factors(rows[0][1].q)
+        options, factors = self.owner.options, self.factors()
         scores = scores_at_once(
             self.plan, [states for _, states in rows], factors, self.wanted, options.space, options.budget
         )
@@ -515,7 +537,7 @@ class _MlpReader:
                     self.owner.give(row, f"{self.key}.{site}", given[site])
 
     def _scores(self, states: dict[str, Tensor]) -> dict[str, Tensor]:
-        norms = self._column_norms(states["down"])
+        norms = self.column_norms(states["down"].dtype)
         scorer = MlpScorer(self.part.activation, input_scale(self.part.places["down"]), states.get("share"))
         up, gate = states.get("up"), states.get("gate")
         given: dict[str, Tensor] = {"down": scorer.down(states["down"], norms)}
@@ -528,11 +550,12 @@ class _MlpReader:
             given["gate"] = given["down"] if silent else scorer.gate(up, gate, gate, norms)
         return given
 
-    def _column_norms(self, like: Tensor) -> Tensor:
+    def column_norms(self, dtype: torch.dtype) -> Tensor:
+        """Of the down projection."""
         norms = self.owner.norms
         if self.key not in norms:
             norms[self.key] = torch.linalg.vector_norm(
-                self.part.places["down"].weight().detach(), dim=0, dtype=like.dtype
+                self.part.places["down"].weight().detach(), dim=0, dtype=dtype
             )
         return norms[self.key]
 
