@@ -2,13 +2,16 @@
 
 import json
 import pathlib
+from typing import Any
 
 import pytest
 from running import command, done, refused
 
 from safety_neurons.cli.plans import WORKS
 from safety_neurons.cli.verb import DECLARED, VERBS, load
+from safety_neurons.model import identity, pace
 from safety_neurons.neurons import NeuronSet
+from safety_neurons.results import run
 from tiny import SIZES, tiny_llama_folder, tiny_tokenizer
 
 CONFIG = {**SIZES, "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "float32"}
@@ -131,6 +134,32 @@ def test_a_known_truth_is_one_more_set_patched_and_off(
         for random, *truth in (("2", "--truth", neurons), ("3",))
     )
     assert known["new_tokens"] == more["new_tokens"] > plain["new_tokens"]
+
+
+@pytest.mark.parametrize("method", ["importance", "contrast"])
+def test_bytes_that_a_plan_counts_as_hashed_are_those_that_the_run_hashes(
+    method: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_llama_folder(tmp_path / "model")
+    named = ["--model", folder] if method == "importance" else ["--base", folder, "--aligned", folder]
+    words = ["find", method, *named, "--limit", "2"]
+    monkeypatch.setattr(pace.Throughput, "hashed", lambda _: 1.0)
+    counted = done(*words, "--dry-run")["loading_seconds"]
+    hashed: list[int] = []
+    of_tensor, of_file = identity._digest, run._digest
+
+    def tensor(value: Any) -> str:
+        hashed.append(value.numel() * value.element_size())
+        return of_tensor(value)
+
+    def file(path: str, seen: tuple[int, ...]) -> str:
+        hashed.append(pathlib.Path(path).stat().st_size if path.endswith(".safetensors") else 0)
+        return of_file(path, seen)
+
+    monkeypatch.setattr(identity, "_digest", tensor)
+    monkeypatch.setattr(run, "_digest", file)
+    done(*words, *(["--max-new-tokens", "2"] if method == "contrast" else []), "--out", tmp_path / "run")
+    assert sum(hashed) == pytest.approx(counted, rel=0.1)  # a file has a header too
 
 
 def test_what_a_model_is_too_large_for_is_said(shape: pathlib.Path, tmp_path: pathlib.Path) -> None:

@@ -80,6 +80,23 @@ def test_prompts_scored_together_score_as_one_by_one(family, monkeypatch):
         close(found, expected, 1e-9)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "olmo2", "bloom", "qwen2_moe"])
+def test_what_stays_in_memory_is_made_before_the_first_pass(family):
+    lm = language_model(family, torch.float32)
+    readers = ImportanceReaders(lm, lm.table.keys)
+
+    def held():
+        return [sorted(vars(each)) for each in readers.factors.values()], sorted(readers.norms)
+
+    with torch.no_grad(), readers.on():
+        before, batch = held(), collate([tokens(5), tokens(7)], range(2), pad_id=0)
+        readers.start(batch)
+        forward(lm.model, batch)
+        assert held() == before
+        assert before[0]
+        assert len({id(values.base) for values in readers.take().values()}) == 1  # one piece for all sites
+
+
 @pytest.mark.parametrize("size", [30.0, 1000.0])
 def test_activations_at_the_clamp_of_gpt_oss_are_proved_and_scored(size):
     model = families.build("gpt_oss", torch.float64)

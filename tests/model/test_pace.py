@@ -2,18 +2,22 @@
 touched.
 """
 
+import contextlib
 import pathlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 
 from families import FAMILIES, HYBRID_FAMILIES, MOE_FAMILIES, build
+from safety_neurons.detectors.methods import Importance
 from safety_neurons.errors import UnsupportedModelError
-from safety_neurons.model import pace
+from safety_neurons.model import LanguageModel, pace
 from safety_neurons.model.anatomy import resolve
+from safety_neurons.model.batches import Batch, forward
 from safety_neurons.model.outline import outlines
-from safety_neurons.model.pace import Throughput, TimedLayers, attended_in
+from safety_neurons.model.pace import Throughput, TimedLayers, attended_in, sampled
 from tiny import tiny_llama, tiny_llama_folder
 
 CPU = torch.device("cpu")
@@ -50,6 +54,59 @@ def test_a_layer_is_what_two_take_beyond_one(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(pace, "_took", lambda action, device: took(action, device) - 10)
     assert layers.seconds(3, 4) == 1.0
     assert len(layers._list._modules) == 2
+
+
+def test_a_method_is_what_two_layers_take_beyond_one_once_and_a_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layers = TimedLayers(resolve(tiny_llama(num_hidden_layers=5)), torch.float32, CPU)
+    clock, batches = [0.0], []
+
+    @contextlib.contextmanager
+    def reading(lm: LanguageModel) -> Iterator[Callable[[Batch], object]]:
+        there = len(lm.anatomy.layers)
+        clock[0] += 100 + 3 * there
+
+        def read(batch: Batch) -> None:
+            clock[0] += 10 + 2 * there
+            batches.append(batch.lengths)
+            forward(lm.model, batch)
+
+        yield read
+
+    def took(action: Any, device: torch.device) -> float:
+        before = clock[0]
+        action()
+        return clock[0] - before
+
+    monkeypatch.setattr(pace, "_took", took)
+    assert layers.reading(reading, [4, 4, 6]) == (3.0, max(2.0, 14 / 4))  # never below a quarter
+    assert set(map(tuple, batches)) == {(4, 4, 6)}
+    assert len(layers._list._modules) == 2
+    assert layers._model.config.num_hidden_layers == 5
+
+
+@pytest.mark.parametrize(
+    ("most", "expected"), [(100, [5, 5, 7, 9, 9]), (20, [7]), (6, [3]), (0, [1])], ids=str
+)
+def test_a_sample_of_lengths_keeps_those_of_one_length_together(most: int, expected: list[int]) -> None:
+    assert sampled([9, 5, 7, 5, 9], float, most) == expected
+
+
+def test_a_sample_of_one_length_takes_fewer_of_it() -> None:
+    assert sampled([8] * 9, float, 20) == [8, 8]
+
+
+@pytest.mark.parametrize("family", FAMILIES + MOE_FAMILIES + HYBRID_FAMILIES)
+def test_exact_importance_of_every_family_goes_through_made_up_layers(family: str) -> None:
+    with torch.device("meta"):
+        anatomy = resolve(build(family))
+    if anatomy.refused:
+        pytest.skip("its attention is refused on the model itself")
+    method = Importance()
+    once, batch = TimedLayers(anatomy, torch.float32, CPU).reading(method.reading(), [3, 3, 5])
+    assert once >= 0
+    assert batch > 0
 
 
 def test_operations_of_the_rate_are_those_of_the_layer(
