@@ -23,6 +23,7 @@ from safety_neurons.model.batches import Batch, collate, decoder_of
 from safety_neurons.model.decoding import cache_in, cache_name
 from safety_neurons.model.language_model import LanguageModel
 from safety_neurons.model.outline import Outline
+from safety_neurons.model.proof import Probe, settle_attention
 from safety_neurons.model.sites import Anatomy, LayerAnatomy, unwrapped
 
 MOST_BYTES = 2**31
@@ -260,6 +261,7 @@ class TimedLayers:
         with self._one():
             return max(both - self._timed(rows, tokens, held), both / 4)
 
+    @torch.no_grad()
     def reading(self, reading: Reading, lengths: Sequence[int]) -> tuple[float, float]:
         """Seconds of one layer, as `seconds`: of what is done once, and of a batch.
 
@@ -293,7 +295,8 @@ class TimedLayers:
         config, there = lm.config, lm.config.num_hidden_layers
         config.num_hidden_layers = len(self._list._modules)
         try:
-            lm.anatomy = resolve(self._model)  # where it is proved, the plan counts the proof
+            # Of the proof, which the plan counts, only where a fused projection keeps its queries.
+            lm.anatomy = settle_attention(resolve(self._model), Probe(self._model))
         finally:
             config.num_hidden_layers = there
         with ExitStack() as stack:
