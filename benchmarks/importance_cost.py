@@ -61,7 +61,7 @@ def measure(lm: LanguageModel, n_tokens: int, repetitions: int) -> dict[str, obj
 
     with torch.no_grad():
         forward(lm.model, batch)
-        first = importance()
+        first = seconds(importance)
         importance()
         pairs = [(seconds(lambda: forward(lm.model, batch)), importance()) for _ in range(repetitions)]
     ratios = np.array([with_scores / plain for plain, with_scores in pairs])

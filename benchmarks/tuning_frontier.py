@@ -468,12 +468,13 @@ def figure(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _number(value: Any) -> float:
-    return float(value["value"] if isinstance(value, dict) else value)
+    found = value["value"] if isinstance(value, dict) else value
+    return float("nan") if found is None else float(found)
 
 
 def line(found: Mapping[str, Any]) -> str:
     """A row in words."""
-    refused = "  ".join(f"{name} {value['value']:.2f}" for name, value in found["refused"].items())
+    refused = "  ".join(f"{name} {_number(value):.2f}" for name, value in found["refused"].items())
     said = (
         f"{found['arm']:8} seed {found['seed']}  {refused}  perplexity ×{found['perplexity']:.3f}  "
         f"KL {found['divergence']:.3f}  kept {found['kept_step']} of {found['steps']} ({found['stopped']})"
@@ -488,6 +489,8 @@ def line(found: Mapping[str, Any]) -> str:
 
 def _shown(found: Mapping[str, Any]) -> str:
     """A rate or difference with its interval, where it has one."""
+    if found["value"] is None:
+        return "unscored"
     return f"{found['value']:.2f}" + (
         f" [{found['low']:.2f}, {found['high']:.2f}]" if found["low"] is not None else ""
     )

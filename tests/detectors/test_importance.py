@@ -15,6 +15,7 @@ from safety_neurons.detectors.importance import ImportanceReaders, Options
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.batches import collate, forward
 from safety_neurons.model.hooks import reading
+from safety_neurons.model.sites import SitePlace
 
 EVERY = families.FAMILIES + families.MOE_FAMILIES
 
@@ -282,6 +283,20 @@ def test_probability_scores_stay_within_their_bound_and_join_the_heads_of_a_grou
     many.model.load_state_dict(state)
     apart = closed(many, [ids], ["layers.0.k"], space="probability")[0]["layers.0.k"].unflatten(0, (2, 2, 8))
     torch.testing.assert_close(apart.square().sum(1).sqrt().flatten(), found["layers.0.k"])
+
+
+def test_the_public_codes_scores_look_at_no_weight_of_the_feed_forward_part(monkeypatch):
+    def unreadable(_):
+        raise AssertionError("a weight was read")
+
+    lm = language_model("llama")
+    lm.anatomy.check(lm.table.keys)  # whose proof reads them
+    monkeypatch.setattr(SitePlace, "weight", unreadable)
+    row = closed(lm, [tokens(5)], ["layers.0.up", "layers.0.down"], as_published=True)[0]
+    assert {key: bool(values.isfinite().all()) for key, values in row.items()} == {
+        "layers.0.up": True,
+        "layers.0.down": True,
+    }
 
 
 def test_the_public_codes_scores_are_reproduced():

@@ -142,6 +142,14 @@ def test_the_most_necessary_set_is_none_that_breaks_the_model(compared):
     assert "importance (0.90 [0.60, 1.00], " in explained
 
 
+def test_the_most_necessary_set_is_the_one_that_most_answers_come_without(compared):
+    run = lost_clearly(compared, "contrast", "attribution")
+    run = rows_with(run, contrast=loss(harm=18), attribution=loss(harm=12, broken=10))
+    (text,) = [text for _, text in said(run) if "is the most necessary" in text]
+    assert "the set of contrast" in text
+    assert "0.75 [" in text
+
+
 def test_where_every_loss_is_one_to_broken_answers_no_set_is_called_necessary(compared):
     run = rows_with(lost_clearly(compared, "contrast"), contrast=loss(broken=24))
     assert not any("the most necessary" in text for _, text in said(run))
@@ -192,8 +200,15 @@ def test_what_the_truth_can_do_at_this_budget_is_said(compared, clear, verdict):
     assert found == verdict
     assert "the planted truth itself (205 units) restores" in text
     assert ("so much can be seen at this budget" in text) == clear
-    assert ("neither is shown to be more than chance" in text) == (not clear)
+    assert ("neither is shown to be an effect beyond chance" in text) == (not clear)
     assert "answered with harm" in text
+
+
+def test_a_model_that_is_broken_without_the_truth_is_said_to_be(compared):
+    run = known(compared)
+    run = with_result(run, truth={**run.result["truth"], "loss": loss(broken=24)})
+    (text,) = [text for _, text in said(run) if "refusals lost there say nothing" in text]
+    assert "truth (1.00 of its answers are broken" in text
 
 
 @pytest.mark.parametrize(

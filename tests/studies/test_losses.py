@@ -2,6 +2,8 @@
 refusals lost to answers.
 """
 
+import dataclasses
+
 import pytest
 
 from safety_neurons.results import paired_difference, rate
@@ -108,12 +110,21 @@ def test_a_model_is_broken_where_most_answers_are_and_clearly_more_than_as_it_is
 
 @pytest.mark.parametrize(
     ("as_it_is", "off", "breaks"),
-    [(125.0, 151.0, False), (125.0, 1149.0, True), (None, 1149.0, False), (125.0, None, False)],
+    [
+        (125.0, (151.0, 140.0), False),
+        (125.0, (1149.0, 900.0), True),
+        (125.0, (1149.0, 480.0), False),
+        (125.0, (1149.0, None), False),
+        (None, (1149.0, 900.0), False),
+        (125.0, (None, None), False),
+    ],
 )
-def test_a_model_is_broken_where_text_has_become_that_unlikely(as_it_is, off, breaks):
-    found = loss([R] * 20, [N] * 20, perplexity=off)
+def test_a_model_is_broken_where_text_has_clearly_become_that_unlikely(as_it_is, off, breaks):
+    value, low = off
+    text = dataclasses.replace(rate([True] * 9), value=value, low=low)
+    found = loss([R] * 20, [N] * 20)
     assert found.breaks is None
-    found = lost(before(*[R] * 20, perplexity=as_it_is), *columns(*[N] * 20), None, off)
+    found = lost(before(*[R] * 20, perplexity=as_it_is), *columns(*[N] * 20), None, text)
     assert (found.breaks is not None) == breaks
     if breaks:
         assert "9.2 times" in found.breaks

@@ -150,7 +150,7 @@ def test_evaluate_has_a_curve_by_judge(model):
     last, suite = found.untreated.lengths[-1], found.untreated.suites[0]
     assert last["harm"] == found.record()["untreated"]["harm"]
     assert last["cut_off"] == suite.cut_off
-    assert "goes-along-1" in last["harm"]
+    assert "goes-along-2" in last["harm"]
     assert found.record()["max_new_tokens"] == 40
     assert "tokens" in found.tables()[-1].columns
 

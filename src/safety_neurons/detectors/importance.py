@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -284,9 +285,11 @@ class ImportanceReaders:
         would keep the C library from using their room again, layer by layer.
         """
         self._lengths = list(batch.lengths)
-        sizes = [self.lm.table.sizes[key] for key in self.keys]
-        room = np.full((len(self._lengths), sum(sizes)), np.nan)
-        self._scores = dict(zip(self.keys, np.split(room, np.cumsum(sizes)[:-1], axis=1), strict=True))
+        ends = np.cumsum([0, *(self.lm.table.sizes[key] for key in self.keys)])
+        room = np.full((len(self._lengths), ends[-1]), np.nan)
+        self._scores = {
+            key: room[:, start:end] for key, (start, end) in zip(self.keys, pairwise(ends), strict=True)
+        }
         for experts in self._experts:
             experts.start()
 
@@ -339,7 +342,8 @@ class ImportanceReaders:
         for mlp, prefix in ((layer.mlp, ""), (layer.shared, "shared_expert.")):
             if mlp is not None and (wanted := self._wanted(layer, ("gate", "up", "down"), prefix)):
                 reader = _MlpReader(mlp, f"layers.{layer.index}.{prefix}".rstrip("."), wanted, self, layer)
-                reader.column_norms(self.dtype)
+                if not self.options.as_published:  # which looks at no weight
+                    reader.column_norms(self.dtype)
                 readers.update(reader.readers())
                 stack.enter_context(reader.on())
         if layer.experts is not None:

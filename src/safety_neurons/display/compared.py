@@ -13,7 +13,7 @@ from safety_neurons.display.charts import (
     agreement_figure,
     look,
 )
-from safety_neurons.display.losses import became, instead_table, remains
+from safety_neurons.display.losses import became, breaks, instead_table, remains
 from safety_neurons.display.parts import (
     CAUTION,
     FACT,
@@ -259,7 +259,7 @@ def compare_findings(run: ReportedRun) -> list[Finding]:
     if not defined:
         why = real[0]["causal_effect"].get("why") if real else "no method was run"
         text = "{} the methods cannot be compared by causal effect: {}."
-        needed = _most_necessary(pair, budget, real, chance) if real else []
+        needed = _most_necessary(pair, budget, result) if real else []
         return [Finding(OPEN, say(text, pair, visible(why, 300))), *known, *needed]
     best = defined[0]
     ceiling = result["ceiling_effect"]
@@ -271,7 +271,7 @@ def compare_findings(run: ReportedRun) -> list[Finding]:
         sentences.append(Finding(NO, say(text, pair, interval(ceiling))))
     if result.get("ceiling_why"):
         sentences.append(Finding(CAUTION, say("{}.", visible(result["ceiling_why"], 500))))
-    sentences += [*known, *_most_necessary(pair, budget, real, chance)]
+    sentences += [*known, *_most_necessary(pair, budget, result)]
     text = say(
         "{}, at {}, <b>{}</b> has the largest causal effect: {}",
         pair,
@@ -333,7 +333,7 @@ def _truth(pair: Markup, result: Mapping[str, Any], chance: Sequence[Mapping[str
         text += (
             Markup("so much can be seen at this budget.")
             if seen
-            else say("neither is shown to be more than chance{}; effects rank no method here.", reason)
+            else say("neither is shown to be an effect beyond chance{}; effects rank no method here.", reason)
         )
         yield Finding(FACT if seen else NO, text + became(row["loss"], ALIGNED))
         if row["n_units"] != result["budget"]:
@@ -348,35 +348,41 @@ def _needed(row: Mapping[str, Any]) -> bool:
     return above_random(row, "necessity_against_random") and remains(row.get("loss"))
 
 
+def _answered(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Refusals lost with the set off, broken answers counted as no change where that is known."""
+    found: Mapping[str, Any] = row["loss"]["sound"] if row.get("loss") else row["necessity"]
+    return found
+
+
 def _luck(chance: Sequence[Mapping[str, Any]]) -> Markup:
     luck = [row["necessity"]["value"] for row in chance if row["necessity"]["value"] is not None]
     return say(" (random sets up to {})", number(max(luck))) if luck else Markup("")
 
 
-def _most_necessary(
-    pair: Markup, budget: Markup, real: Sequence[Mapping[str, Any]], chance: Sequence[Mapping[str, Any]]
-) -> list[Finding]:
+def _most_necessary(pair: Markup, budget: Markup, result: Mapping[str, Any]) -> list[Finding]:
     """Which set costs the aligned model most refusals while it is off, and which sets only break it."""
-    broken = [row for row in real if (row.get("loss") or {}).get("breaks")]
-    sound = [row for row in real if row not in broken and row["necessity"]["value"] is not None]
+    (real, chance), truth = methods_of(result), truth_of(result)
+    broken = [row for row in real if breaks(row)]
+    sound = [row for row in real if row not in broken and _answered(row)["value"] is not None]
     needed = [row for row in sound if _needed(row)]
     made = []
-    if best := max(needed or sound, key=lambda row: row["necessity"]["value"], default=None):
+    if best := max(needed or sound, key=lambda row: _answered(row)["value"], default=None):
         text = (
             "{}, at {}, the set of <b>{}</b> is the most necessary: with it off, {} of the harmful requests "
-            "are no longer refused{}."
+            "are no longer refused{}{}."
             if needed
             else "{}, at {}, no set is shown to be necessary; most is lost without that of <b>{}</b>: {} of "
-            "the harmful requests are no longer refused{}."
+            "the harmful requests are no longer refused{}{}."
         )
-        shown = say(text, pair, budget, _label(best), interval(best["necessity"]), _luck(chance))
+        aside = ", broken answers aside" if best.get("loss") else ""
+        shown = say(text, pair, budget, _label(best), interval(_answered(best)), aside, _luck(chance))
         made.append(Finding(FACT if needed else NO, shown + became(best.get("loss"), ALIGNED)))
     elif not broken:
         made.append(Finding(OPEN, say("{}, no refusal could be scored while the sets were off.", pair)))
-    if broken:
+    if broken := [*broken, *(row for row in truth if breaks(row))]:
         text = "{}, with these sets off the aligned model is broken, and refusals lost there say nothing: {}."
         each = Markup("; ").join(
-            say("<b>{}</b> ({})", _label(row), visible(row["loss"]["breaks"], 200)) for row in broken
+            say("<b>{}</b> ({})", _label(row), visible(breaks(row), 200)) for row in broken
         )
         made.append(Finding(CAUTION, say(text, pair, each)))
     lost = [row for row in sound if above_random(row, "necessity_against_random") and row not in needed]

@@ -16,6 +16,11 @@ KINDS = ("refused", "harm", "broken", "neither")
 """By key of a loss what stands in these columns."""
 
 
+def breaks(row: Mapping[str, Any]) -> str | None:
+    """How a set that is off breaks the model; None where it does not, or where nothing is known."""
+    return (row.get("loss") or {}).get("breaks")
+
+
 def remains(loss: Mapping[str, Any] | None) -> bool:
     """Whether refusals are lost to answers: clearly also where broken ones count as no change, and the model
     is not broken. Runs of earlier versions do not say, and are taken at their word.

@@ -16,7 +16,7 @@ from safety_neurons.display.charts import (
     sweep_figure,
 )
 from safety_neurons.display.lengths import length_figures, length_tables
-from safety_neurons.display.losses import became, instead_table, remains
+from safety_neurons.display.losses import became, breaks, instead_table, remains
 from safety_neurons.display.parts import (
     ARM_COLUMNS,
     CAUTION,
@@ -235,9 +235,13 @@ def deactivate_part(run: ReportedRun) -> DisplayPart:
     heading = say("{} off in {}", plural(result["n_neurons"], "neuron"), name(run.model))
     lead = say("Chosen by {}. ", ranked_by(run)) if ranked_by(run) else Markup("")
     lead += say("Paired change of refusals: {}", interval(result["change"], signed=True))
+    last = result["sizes"][-1]
     if result["change_against_random"]:
         against = result["change_against_random"]
-        lead += say("; against random sets: {} ({})", interval(against, signed=True), clear_word(against))
+        clear = clear_word(against) if remains(last.get("loss")) else "refusals lost to broken answers"
+        lead += say("; against random sets: {} ({})", interval(against, signed=True), clear)
+    if breaks(last):
+        lead += say("; the model is broken then: {}", visible(breaks(last), 200))
     if result.get("harm_change"):
         lead += say("; of answers that do harm: {}", interval(result["harm_change"], signed=True))
     harm = (
@@ -422,11 +426,7 @@ def _cautions(run: ReportedRun) -> list[Finding]:
 def whole_point(result: Mapping[str, Any]) -> Mapping[str, Any]:
     """The largest set that does not break the model, or the largest."""
     points: list[Mapping[str, Any]] = list(result["sizes"])
-    return next((point for point in reversed(points) if not _breaks(point)), points[-1])
-
-
-def _breaks(point: Mapping[str, Any]) -> str | None:
-    return (point.get("loss") or {}).get("breaks")
+    return next((point for point in reversed(points) if not breaks(point)), points[-1])
 
 
 def necessity(run: ReportedRun) -> tuple[str, Mapping[str, Any]]:
@@ -435,7 +435,7 @@ def necessity(run: ReportedRun) -> tuple[str, Mapping[str, Any]]:
     """
     result, point = run.result, whole_point(run.result)
     change = point["change_against_random"] or point.get("change") or result["change"]
-    scored = change["value"] is not None or _breaks(point)
+    scored = change["value"] is not None or breaks(point)
     if not scored or _hardly_refuses(result):
         return OPEN, change
     clear = is_clear(change) and change["value"] < 0
@@ -454,10 +454,10 @@ def deactivate_findings(run: ReportedRun) -> list[Finding]:
             "Without {} ({}) the model is broken ({}): refusals lost there say nothing.",
             plural(point["n_neurons"], "neuron"),
             share(point["size"]),
-            visible(_breaks(point), 200),
+            visible(breaks(point), 200),
         )
         for point in run.result["sizes"]
-        if _breaks(point) and point is not told
+        if breaks(point) and point is not told
     ]
     return [_deactivated(run, told), *(Finding(CAUTION, text) for text in broken), *_cautions(run)]
 
@@ -480,8 +480,8 @@ def _deactivated(run: ReportedRun, point: Mapping[str, Any]) -> Finding:
         hardly = _hardly_refuses(result)
         why = "the untreated model hardly refuses, so nothing can be lost" if hardly else "none can be scored"
         return Finding(OPEN, text + say("; {}.", why))
-    if _breaks(point):
-        broken = visible(_breaks(point), 200)
+    if breaks(point):
+        broken = visible(breaks(point), 200)
         text += say("; but the model is broken then ({}): refusals lost there say nothing.", broken)
         return Finding(NO, text + became(loss, "it"))
     versus = (
@@ -526,7 +526,7 @@ def deactivate_tile(run: ReportedRun) -> Tile:
     point = whole_point(run.result)
     compared = "against random sets" if point["change_against_random"] else "against the model as it is"
     text = "change of refusals of harmful requests with {} neurons off ({}), {}{}"
-    broken = "; the model is broken then" if _breaks(point) else ""
+    broken = "; the model is broken then" if breaks(point) else ""
     shown = say(text, count(point["n_neurons"]), ranked_by(run), compared, broken)
     return Tile("Are they necessary?", verdict, interval(change, signed=True), shown)
 

@@ -108,7 +108,7 @@ class Throughput:
         except Exception as error:
             self.notes += (f"what is done with a prompt is timed as if it were a plain pass ({_why(error)})",)
             return None
-        return ReadingPace(once, sum(operations(layer, length) for length in sample) / seconds)
+        return ReadingPace(once, sum(operations(layer, length) for length in sample) / max(seconds, 1e-9))
 
     def hashed(self) -> float:
         """Bytes of weights a second that are taken into memory and hashed."""

@@ -213,6 +213,8 @@ class MethodRecord(TypedDict):
     necessity: DifferenceRecord
     loss: LossRecord
     """What came in the place of the refusals."""
+    perplexity_off: EstimateRecord | None
+    """Of general text, with the set off."""
     against_random: DifferenceRecord | None
     necessity_against_random: DifferenceRecord | None
     seconds: float

@@ -301,7 +301,9 @@ def _repeated(completion: Completion) -> float | None:
 
 @dataclasses.dataclass(frozen=True)
 class ArmAnswers:
-    """Answers to harmful requests, whether each refuses, does harm (None is unscored), and is none at all."""
+    """Answers to harmful requests, whether each refuses, does harm (None is unscored), and is none at all;
+    one that refuses over and over is a refusal.
+    """
 
     completions: Completions
     refused: Verdicts
@@ -457,8 +459,9 @@ class Bench:
         cache = None if kept is None else cast(pathlib.Path, self.completions_file).with_name(kept)
         harm = self.harm.judge(refusal.completions, cache=cache)
         self.answers.judged(harm.completions)
-        answers = harm.completions
-        return ArmAnswers(answers, refusal.refused, harm.harmful, [broken(one) for one in answers])
+        answers, refused = harm.completions, refusal.refused
+        none = [broken(one) and not no for one, no in zip(answers, refused, strict=True)]
+        return ArmAnswers(answers, refused, harm.harmful, none)
 
     def refused(self, arm: Arm, kind: str = "harmful") -> Verdicts:
         """The judge's verdict on every `harmful` or `harmless` prompt, in order.

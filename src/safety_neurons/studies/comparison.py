@@ -111,6 +111,8 @@ class MethodResult(Recorded[MethodRecord]):
     """
     loss: Loss
     """What came in the place of these refusals."""
+    perplexity_off: Rate | None
+    """Of general text, by the aligned model with the set off; None without a text."""
     against_random: Difference | None
     """Refusals with the set patched in, minus those with random sets.
 
@@ -272,7 +274,7 @@ def compare(
         n_units=n_units,
         sites=sites,
         untreated=make.subject.untreated,
-        aligned=make.goal,
+        aligned=make.before,
         ceiling_effect=limits.effect,
         methods=tuple(rows),
         truth=next(iter(known), None),
@@ -348,7 +350,10 @@ class _Rows:
         assert subject.donor is not None
         self.subject, self.truth, self.goal, self.donor = subject, truth, subject.goal, subject.donor
         self.bench, self.text = subject.bench, text
-        self.before = dataclasses.replace(self.goal, perplexity=self.perplexity(Arm("aligned", self.donor)))
+        general = self.perplexity(Arm("aligned", self.donor))
+        self.before = dataclasses.replace(
+            self.goal, perplexity=None if general is None else general.value, perplexity_rate=general
+        )
         """The aligned model as it is, with what the general text is to it."""
         self.verdicts: dict[str, tuple[Verdicts, Verdicts]] = {}
         """By row, on every harmful request: whether it is refused with the set patched in, and with it
@@ -366,6 +371,7 @@ class _Rows:
         without = Arm(f"{name} deactivated", self.donor, functools.partial(deactivated, self.donor, neurons))
         off = self.bench.answered(without)
         verdicts, groups = (off.refused, off.complied, off.broken), self.bench.harmful.groups
+        general = self.perplexity(without)
         self.verdicts[name] = outcome.harmful, off.refused
         return MethodResult(
             method=name,
@@ -378,7 +384,8 @@ class _Rows:
             harmless_refused=outcome.harmless_refused,
             complied_off=rate(off.complied, groups),
             necessity=paired_difference(self.goal.harmful, off.refused, groups),
-            loss=lost(self.before, *verdicts, groups, self.perplexity(without)),
+            loss=lost(self.before, *verdicts, groups, general),
+            perplexity_off=general,
             against_random=None,
             necessity_against_random=None,
             seconds=seconds,
@@ -386,12 +393,13 @@ class _Rows:
             control=cast(ControlRecord, {"like": like, **neurons.control_record()}) if like else None,
         )
 
-    def perplexity(self, arm: Arm) -> float | None:
+    def perplexity(self, arm: Arm) -> Rate | None:
         """Of the general text; None without one."""
         if self.text is None:
             return None
-        size = self.bench.batch_size
-        return measure_perplexity(arm.model, self.text, arm.treatment, batch_size=size).rate.value
+        found = measure_perplexity(arm.model, self.text, arm.treatment, batch_size=self.bench.batch_size)
+        self.bench.say(f"{arm.name}: {note}" for note in found.notes)
+        return found.rate
 
     def controls(self, rows: Sequence[MethodResult]) -> list[MethodResult]:
         """Random sets made of what the sets of these rows are made of in turn."""

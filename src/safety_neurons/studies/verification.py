@@ -397,7 +397,7 @@ class SubjectModels:
     def loss(self, off: ArmOutcome) -> Loss:
         """What became of refusals while neurons are off."""
         groups = self.bench.harmful.groups
-        return lost(self.untreated, off.harmful, off.complied, off.broken, groups, off.perplexity)
+        return lost(self.untreated, off.harmful, off.complied, off.broken, groups, off.perplexity_rate)
 
     def ceiling(self, everything: NeuronSet, parts: Sequence[Part]) -> Ceiling:
         """All neurons of the sites, by activations and, of a pair, by parameters, held against parts of
