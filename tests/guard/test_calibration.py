@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.guard import (
     Calibration,
+    Classifier,
     expected_calibration_error,
     fit_on_features,
     operating_points,
@@ -283,3 +284,17 @@ def test_a_split_keeps_groups_together_and_their_number_apart() -> None:
     assert np.array_equal(alone.calibration, plain.calibration)
     with pytest.raises(InputError, match="groups among 120 examples leave the"):
         stratified_split(labels, groups=["one"] * 60 + ["other"] * 60)
+
+
+@pytest.mark.parametrize("width", [1, 7, 8, 129])
+def test_a_score_is_the_same_to_the_bit_whatever_is_judged_beside_it(width):
+    drawn = torch.Generator().manual_seed(0)
+    mean, scale, weights = (torch.rand(width, generator=drawn) for _ in range(3))
+    classifier = Classifier(mean, scale + 0.5, weights, 0.1)
+    rows = torch.randn(68, width, generator=drawn)
+    together = classifier.scores(rows)
+    for first in range(68):
+        assert torch.equal(classifier.scores(rows[first:]), together[first:])
+    wide = rows[3].double()
+    exact = ((wide - mean.double()) / (scale + 0.5).double() * weights.double()).sum() + 0.1
+    torch.testing.assert_close(together[3], exact)

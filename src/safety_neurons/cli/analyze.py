@@ -24,8 +24,8 @@ from safety_neurons.cli.session import (
 )
 from safety_neurons.cli.verb import verb
 from safety_neurons.declarations import Count, Declaration, Panel, Positional, Positive, Reads, Share
-from safety_neurons.detectors.methods import CardOptions, HowFound, Positions, by_name
-from safety_neurons.detectors.rules import AtSites, Searched
+from safety_neurons.detectors.methods import HowFound, Positions, by_name
+from safety_neurons.detectors.rules import AtSites, CardOptions, Searched
 from safety_neurons.errors import UsageError
 
 FIND, MEASURE = "Which neurons", "What is measured"

@@ -37,22 +37,6 @@ class HowFound(Declaration):
 
 
 @dataclasses.dataclass(frozen=True)
-class CardOptions(Declaration):
-    """What a neuron card holds."""
-
-    PANEL: ClassVar[str | None] = "What is measured"
-
-    refusal: str | None = None
-    """Text of a refusal, without --base."""
-    compliance: str | None = None
-    """Text of a compliance, without --base."""
-    tokens: Positive = 10
-    """Tokens shown at either end."""
-    random: Count = 20
-    """Random neurons of the same matrices."""
-
-
-@dataclasses.dataclass(frozen=True)
 class Method(Searched):
     """A way to score neurons; a subclass adds a rule of selection and its own options, and says how it
     scores.

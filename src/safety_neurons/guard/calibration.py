@@ -325,8 +325,10 @@ class Classifier:
                 f"features of shape {tuple(features.shape)}; expected [prompt, {self.n_features}]: read "
                 "them with this guard"
             )
-        mean, _, weights = map(torch.from_numpy, self.wide)
-        return (features.to("cpu", torch.float64) - mean) @ weights + self.bias
+        mean, _, weights = self.wide
+        with np.errstate(invalid="ignore", over="ignore"):
+            parts = (float_rows(features) - mean) * weights
+        return torch.from_numpy(summed(parts) + self.bias)
 
     def probabilities(self, features: Float[Tensor, "prompt neuron"]) -> Float64[Tensor, " prompt"]:
         """Calibrated probability of being unsafe; NaN where a feature is."""
@@ -340,6 +342,15 @@ class Classifier:
         """Distance of each feature from its mean, in standard deviations."""
         mean, inverse, _ = map(torch.from_numpy, self.wide)
         return (features.to("cpu", torch.float64) - mean) * inverse
+
+
+def summed(parts: Float64[np.ndarray, "prompt neuron"]) -> Float64[np.ndarray, " prompt"]:
+    """What the neurons of each prompt add up to, every row by itself: a product of matrices rounds a prompt's
+    score by what is judged beside it, and a threshold may lie right on a score.
+    """
+    with np.errstate(invalid="ignore", over="ignore"):
+        found: Float64[np.ndarray, " prompt"] = parts.sum(axis=1)
+    return found
 
 
 def float_rows(features: Float[Tensor, "prompt neuron"]) -> np.ndarray:

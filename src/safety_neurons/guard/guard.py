@@ -38,6 +38,7 @@ from safety_neurons.guard.calibration import (
     float_rows,
     from_json,
     rates_at,
+    summed,
 )
 from safety_neurons.guard.features import (
     Collector,
@@ -540,7 +541,8 @@ class Guard:
         mean, inverse, weights = self.classifier.wide
         with np.errstate(invalid="ignore", over="ignore"):
             centred = float_rows(features) - mean
-            scores = (centred @ weights).tolist()
+            parts = centred * weights
+            scores = summed(parts).tolist()
             standardised = centred * inverse
             squares = np.einsum("ij,ij->i", standardised, standardised).tolist()
         latency = 0.0 if started is None else 1000 * (time.perf_counter() - started)
@@ -559,7 +561,7 @@ class Guard:
             chance = 1 / (1 + math.exp(-odds))
             flagged = chance >= limit or (truncated[row] and not fail_open)
             status: Status = "truncated" if truncated[row] else "ok"
-            named = self._top(centred[row] * weights, top) if top and (flagged or not only_flagged) else ()
+            named = self._top(parts[row], top) if top and (flagged or not only_flagged) else ()
             distance = math.sqrt(squares[row] / len(mean))
             verdicts.append(Verdict(chance, flagged, limit, status, latency, named, odds, distance, length))
         return verdicts

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from safety_neurons.declarations import Positive
 from safety_neurons.detectors.attribution import SCORED_TOKENS, ScoredRow, explained, tokens_behind
-from safety_neurons.detectors.methods import Attribution, CardOptions
+from safety_neurons.detectors.methods import Attribution
+from safety_neurons.detectors.rules import CardOptions
 from safety_neurons.display import Displayed
 from safety_neurons.errors import InputError, NeuronError, UnsupportedModelError
 from safety_neurons.interventions import deactivated, patched
