@@ -16,6 +16,7 @@ from safety_neurons.errors import (
     InputError,
     MismatchError,
     ModelError,
+    RunError,
     SafetyNeuronsError,
     UsageError,
 )
@@ -134,6 +135,20 @@ def test_a_batch_that_fails_is_read_one_by_one(monkeypatch: pytest.MonkeyPatch) 
     fine, broken = guard.score_batch(["cake", "bomb"])
     assert (fine.status, fine.flagged) == ("ok", False)
     assert (broken.status, broken.flagged, broken.error) == ("error", True, "RuntimeError: kernel failed")
+
+
+def test_a_job_that_has_lost_a_process_ends_and_flags_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    guard = tiny_guard(model, threshold=1.0)
+
+    def gone(*_: object, **__: object) -> object:
+        raise RunError("process 1 of 2 has ended")
+
+    monkeypatch.setattr(model.inner.model, "forward", gone)
+    with pytest.raises(RunError, match="process 1 of 2 has ended"):
+        guard.score_batch(["cake", "bomb"])
+    with pytest.raises(RunError, match="process 1 of 2 has ended"):
+        guard.score("cake")
 
 
 def test_operating_points_are_chosen_by_their_rate_and_unsupported_ones_are_refused(guard: Guard) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float32, Int
 
-from safety_neurons.errors import InputError, UsageError
+from safety_neurons.errors import InputError, RunError, UsageError
 from safety_neurons.guard.calibration import EXAMPLES, Recheck, rates_at
 from safety_neurons.guard.features import Pool, Pooling, read_tokens
 from safety_neurons.guard.fit import (
@@ -163,6 +163,8 @@ def score_answers(
             )
             features = torch.from_numpy(_pooled(tokens[0], checks, own.pooling, own.classifier.direction))
             found.append(largest(own.verdicts(features, [cut] * len(checks), top=0, **options)))
+        except RunError:  # of all processes that share the reading, and of no answer
+            raise
         except FAILURES as error:
             found.append(own.failed(error, **options))
     return found

@@ -26,6 +26,7 @@ from safety_neurons.errors import (
     MismatchError,
     ModelError,
     NeuronError,
+    RunError,
     UsageError,
 )
 from safety_neurons.guard.calibration import (
@@ -503,6 +504,8 @@ class Guard:
             return []
         try:
             found = self._read(encoded, batch_size)
+        except RunError:  # of all processes that share the reading, and of no prompt
+            raise
         except FAILURES as error:
             if len(encoded) > 1:
                 return [self.score_encoded([item], top=top, **options)[0] for item in encoded]
