@@ -45,12 +45,15 @@ from safety_neurons.interventions.targets import (
 )
 from safety_neurons.model.decoding import cache_in, cache_name, without_cache
 from safety_neurons.model.hooks import around, editing, evaluating, with_forwards
+from safety_neurons.model.room import with_room
 from safety_neurons.neurons import NeuronSet
 
 _FOLLOWED_LAYERS = frozenset(
     {
         "DynamicLayer",
         "DynamicSlidingWindowLayer",
+        "RoomyLayer",
+        "RoomySlidingWindowLayer",
         "LinearAttentionLayer",
         "LinearAttentionAndFullAttentionLayer",
         "LinearAttentionAndSlidingWindowAttentionLayer",
@@ -562,7 +565,7 @@ class TwinPass:
                 output = self.aligned.body(**passed)
         finally:
             self._recording = False
-        self._new_twin = cache_in(output)
+        self._new_twin = with_room(cache_in(output))
         if cache is not None:
             if self._new_twin is None:
                 raise DecodeError("the donor keeps no cache of its own; pass use_cache=False")

@@ -233,14 +233,26 @@ _ROW_LAYERS = frozenset({"DynamicLayer", "DynamicSlidingWindowLayer"})
 
 def rows_can_leave(model: Any) -> bool:
     """Whether the model's cache holds every row by itself, so that rows can be taken out of a batch."""
-    from transformers import DynamicCache
-
-    inner = unwrapped(model)
-    plain = getattr(inner, "_supports_default_dynamic_cache", None)
+    plain = getattr(unwrapped(model), "_supports_default_dynamic_cache", None)
     if not callable(plain) or not plain():
         return False
-    layers = getattr(DynamicCache(config=inner.config.get_text_config(decoder=True)), "layers", ())
-    return all(type(layer).__name__ in _ROW_LAYERS for layer in layers)
+    return all(type(layer).__name__ in _ROW_LAYERS for layer in getattr(_empty(model), "layers", ()))
+
+
+def _empty(model: Any) -> Any:
+    """The dynamic cache that `generate` would make for the model."""
+    from transformers import DynamicCache
+
+    return DynamicCache(config=unwrapped(model).config.get_text_config(decoder=True))
+
+
+def roomy_cache(model: Any) -> dict[str, Any]:
+    """A cache in which a step copies nothing, as an argument of `generate`, of a model whose rows can
+    leave.
+    """
+    from safety_neurons.model.room import with_room  # imports transformers
+
+    return {cache_name(model): with_room(_empty(model))}
 
 
 class _Thinned:
@@ -268,7 +280,8 @@ def decoded(
     """New tokens of every row up to its end token, that one included, and whether the row's logits failed.
 
     Greedy. Rows that have ended leave the batch with their part of the cache, which costs nothing of the
-    others: one long answer does not keep the whole batch at work.
+    others: one long answer does not keep the whole batch at work. The cache has room, so that a step copies
+    none of it.
 
     Args:
         model: with `generate`, in evaluation mode; its cache holds rows by themselves (`rows_can_leave`).
@@ -281,7 +294,7 @@ def decoded(
     written: list[list[int]] = [[] for _ in ids]
     failed = [False] * len(ids)
     rows, left = list(range(len(ids))), int(settings.max_new_tokens)
-    passed: dict[str, Any] = {}
+    passed = roomy_cache(model)
     settings.return_dict_in_generate = True
     while True:
         width, finite = ids.shape[1], Finite(min(ends, default=pad_id))

@@ -26,6 +26,7 @@ from safety_neurons.model.decoding import (
     decoded,
     joined,
     neutral_defaults,
+    roomy_cache,
     rows_can_leave,
     seeded,
 )
@@ -427,9 +428,7 @@ class LanguageModel:
         encoded = self.encode(pending.prompts, reserve=how.max_new_tokens)
         cut = sum(item.truncated for item in encoded)
         if notes is not None and cut:
-            notes.append(
-                f"{cut} of {len(encoded)} prompts were longer than the context: their middle was left out"
-            )
+            notes.append(f"{cut} of {len(encoded)} {LEFT_OUT}")
 
         def keep(index: int, answer: Answer) -> None:
             marks = {name: True for name in ("truncated", "thinking") if getattr(encoded[index], name)}
@@ -448,6 +447,10 @@ class LanguageModel:
             notes=notes,
         )
         return pending.completions
+
+
+LEFT_OUT = "prompts were longer than the context: their middle was left out"
+"""What a note on such prompts ends with."""
 
 
 def middle_out(ids: list[int], room: int) -> list[int]:
@@ -651,7 +654,8 @@ def _generate_rows(
         stack.enter_context(untouched(lm.tokenizer))
         if decoding.sample:
             stack.enter_context(seeded(lm.device, decoding.seed, rows.number))
-        if decoding.plain and len(rows) >= FEWEST and not _carries_state(lm) and rows_can_leave(lm.model):
+        by_rows = not _carries_state(lm) and rows_can_leave(lm.model)
+        if decoding.plain and len(rows) >= FEWEST and by_rows:
             given = (input_ids.to(lm.device), mask.to(lm.device))
             written, lost = decoded(lm.model, *given, settings, ends, lm.pad_id)
             return {
@@ -660,6 +664,8 @@ def _generate_rows(
             }
         if decoding.watched is not None:
             passed = joined(passed, stack.enter_context(decoding.watched(rows.indices, mask)))
+        elif by_rows and not others:
+            passed |= roomy_cache(lm.model)
         finite = Finite(min(ends, default=lm.pad_id))
         passed = joined(passed, {"logits_processor": [finite]})
         output = lm.model.generate(

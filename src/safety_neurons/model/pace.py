@@ -314,8 +314,10 @@ class TimedLayers:
     def _timed(self, rows: int, tokens: int, held: int) -> float:
         given: dict[str, Any] = {"use_cache": held > 0}
         if held:  # and a token more each time: too few to matter
+            from safety_neurons.model.room import with_room  # imports transformers
+
             output = self._decoder(inputs_embeds=self._states(rows, held), use_cache=True)
-            given[cache_name(self._decoder)] = cache_in(output)
+            given[cache_name(self._decoder)] = with_room(cache_in(output))
         states, took = self._states(rows, tokens), list[float]()
         while len(took) < 2 or (len(took) <= MOST_TIMES and sum(took[1:]) < LEAST_SECONDS):
             took.append(_took(lambda: self._decoder(inputs_embeds=states, **given), self.device))
