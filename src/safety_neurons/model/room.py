@@ -12,23 +12,19 @@ ROOM = 64
 """Tokens that there is room for beyond those that are there, at least; a quarter of those, where that is
 more.
 """
-Keys, Values = Float[Tensor, "row head token key"], Float[Tensor, "row head token value"]
-"""States of the tokens of a pass."""
-AllKeys, AllValues = Float[Tensor, "row head seen key"], Float[Tensor, "row head seen value"]
-"""States of all tokens that they see."""
 
 
-def appended(held: Tensor, new: Float[Tensor, "row head token feature"]) -> Tensor:
+def appended(held: Tensor | None, new: Float[Tensor, "row head token feature"]) -> Tensor:
     """What is held, and the new states behind it along the tokens; nothing that is held moves while there is
     room.
 
     Only without gradients: what the result of an earlier call is a view of is written to, behind its end.
 
     Args:
-        held: an earlier result, some rows or the first tokens of one, or a tensor without elements.
+        held: an earlier result, some rows or the first tokens of one; None, or no elements, at the beginning.
         new: of as many rows and heads.
     """
-    if not held.numel():
+    if held is None or not held.numel():
         held = new[..., :0, :]
         room = 0
     else:
@@ -48,7 +44,13 @@ def appended(held: Tensor, new: Float[Tensor, "row head token feature"]) -> Tens
 class RoomyLayer(DynamicLayer):
     """A layer's keys and values, with room behind them."""
 
-    def update(self, key_states: Keys, value_states: Values, *_: Any, **__: Any) -> tuple[AllKeys, AllValues]:
+    def update(
+        self,
+        key_states: Float[Tensor, "row head token key"],
+        value_states: Float[Tensor, "row head token value"],
+        *_: Any,
+        **__: Any,
+    ) -> tuple[Float[Tensor, "row head seen key"], Float[Tensor, "row head seen value"]]:
         """Adds the states of new tokens, gives those of all."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -59,7 +61,13 @@ class RoomyLayer(DynamicLayer):
 class RoomySlidingWindowLayer(DynamicSlidingWindowLayer):
     """The same of a layer that sees a window, until that is full."""
 
-    def update(self, key_states: Keys, value_states: Values, *_: Any, **__: Any) -> tuple[AllKeys, AllValues]:
+    def update(
+        self,
+        key_states: Float[Tensor, "row head token key"],
+        value_states: Float[Tensor, "row head token value"],
+        *_: Any,
+        **__: Any,
+    ) -> tuple[Float[Tensor, "row head seen key"], Float[Tensor, "row head seen value"]]:
         """Adds the states of new tokens, gives those that the tokens see."""
         total = self.cumulative_length + key_states.shape[-2]
         if total >= self.sliding_window or getattr(self, "record_past", False):
