@@ -12,14 +12,18 @@ from safety_neurons import studies
 from safety_neurons.detectors.methods import Importance
 from safety_neurons.detectors.runner import Run, Stream, _resume_key
 from safety_neurons.errors import RunError, UnsupportedModelError
-from safety_neurons.model import load, load_pair
+from safety_neurons.model import language_model, load, load_pair
 from safety_neurons.model.identity import identity
 from safety_neurons.neurons import NeuronSet
+from safety_neurons.prompt_lists import Prompts
 from safety_neurons.results import Checkpoint
 from safety_neurons.studies import bench, tax
 from tiny_pair import tiny_pair
 
 __all__ = ["tiny_pair"]
+
+
+WORDS = ("a dog", "time", "the light in there", "a tree at noon", "fish")
 
 
 class Reached(Exception):
@@ -137,3 +141,60 @@ def test_weights_elsewhere_count_by_their_files(tiny_pair, tmp_path):
     model.folder = None
     with pytest.raises(UnsupportedModelError, match="off-loaded"):
         identity(model)
+
+
+ASKED = {kind: Prompts.from_list([f"how do i {kind} {what}" for what in WORDS]) for kind in ("kill", "cook")}
+"""Two lists whose prompts have the same ids."""
+
+
+def written(model, file, **how):
+    asked = {"harmful": ASKED["kill"], "harmless": ASKED["cook"], "max_new_tokens": 6, **how}
+    measuring = bench.Bench(**asked, completions_file=file)
+    outcomes = [measuring.measure(bench.Arm(name, model)) for name in ("untreated", "again")]
+    measuring.answered(bench.Arm("alone", model))
+    measuring.finish()
+    return outcomes, measuring
+
+
+def test_harmful_and_harmless_requests_are_answered_in_the_same_batches(pair, tmp_path, monkeypatch):
+    model, passed = pair.base, []
+    generate = language_model._generate_rows
+    monkeypatch.setattr(
+        language_model, "_generate_rows", lambda *given: passed.append(len(given[2])) or generate(*given)
+    )
+    _, measuring = written(model, tmp_path / "together.jsonl")
+    assert passed == [2 * len(WORDS), 2 * len(WORDS), len(WORDS)]  # one batch an arm
+    for one in measuring.completions:
+        arm, _, kind = one.arm.partition("/")
+        alone = model.complete([one.prompt], max_new_tokens=6)[0]
+        assert one.token_ids == alone.token_ids
+        assert one.prompt == ASKED["kill" if kind == "harmful" else "cook"][int(one.prompt_id)].text
+    assert [one.arm for one in measuring.completions] == [
+        f"{arm}/{kind}"
+        for arm, kind in (
+            ("untreated", "harmful"),
+            ("untreated", "harmless"),
+            ("again", "harmful"),
+            ("again", "harmless"),
+            ("alone", "harmful"),
+        )
+        for _ in WORDS
+    ]
+
+
+def test_a_killed_study_that_had_written_answers_in_another_order_ends_with_the_same_bytes(pair, tmp_path):
+    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    outcomes, _ = written(pair.base, whole)
+    lines = whole.read_text().splitlines()
+    for keep in (1, len(WORDS), 2 * len(WORDS) + 1, len(lines) - 1):
+        cut.write_text("\n".join([*reversed(lines[:keep]), ""]))
+        again, _ = written(pair.base, cut)
+        assert again == outcomes
+        assert cut.read_bytes() == whole.read_bytes()
+
+
+def test_prompts_that_are_too_long_are_said_once_for_each_list(pair, tmp_path):
+    long = Prompts.from_list(["how do i kill " + "x " * 3000])
+    _, measuring = written(pair.base, tmp_path / "one.jsonl", harmful=long)
+    assert [note.partition(":")[0] for note in measuring.notes] == ["harmful"]
+    assert "1 of 1 prompts were longer than the context" in measuring.notes[0]

@@ -22,6 +22,7 @@ from safety_neurons.model import LanguageModel
 from safety_neurons.model.batches import BatchSize
 from safety_neurons.model.chat_server import Endpoint
 from safety_neurons.model.identity import identity, json_sha256
+from safety_neurons.model.language_model import LEFT_OUT
 from safety_neurons.neurons import NeuronSet, Scores
 from safety_neurons.prompt_lists import Prompt, Prompts, as_prompts
 from safety_neurons.prompt_lists.readers import Source
@@ -116,6 +117,8 @@ class Answers:
         self.new = 0
         """Completions written by this run."""
         self._known: dict[Key, list[Completion]] = {}
+        self._asked: set[Key] = set()
+        """What this run came to: the file has its order, also where a killed run had another."""
         if file is not None and file.exists() and file.stat().st_size:
             for one in Completions.load(file):
                 self._known.setdefault(key_of(one), []).append(one)
@@ -135,11 +138,56 @@ class Answers:
         """
         kind = str(prompts[0].meta.get("kind", "")) if suite and len(prompts) else ""
         by_id = {prompt.id: prompt for prompt in prompts}
+        self._ask((arm.name, suite, kind, seed))
+
+        def mark(completion: Completion) -> Completion:
+            return marked(completion, suite, by_id[completion.prompt_id]) if suite else completion
+
+        done = Completions(self.known(arm.name, suite, seed, kind).values())
+        written, notes = self._complete(arm, prompts, how, seed, done, mark)
+        self.say(f"{label or suite}: {note}" for note in notes)
+        return Completions(map(mark, written))
+
+    def write_together(self, arm: Arm, lists: Mapping[str, Prompts], how: Writing, seed: int) -> None:
+        """The arm's completions of several lists, those of NAME under `arm/NAME`, in the same batches, so
+        that `write` finds them.
+
+        A decoding step reads all weights however few rows it has: together they take less time than one list
+        after the other.
+        """
+        together: list[Prompt] = []
+        own: dict[str, tuple[str, Prompt]] = {}
+        done: list[Completion] = []
+        for name, prompts in lists.items():
+            self._ask((f"{arm.name}/{name}", "", "", seed))
+            known = self.known(f"{arm.name}/{name}", "", seed)
+            for prompt in prompts:
+                apart = f"{name}/{prompt.id}"  # Two lists may number their prompts alike.
+                own[apart] = name, prompt
+                together.append(dataclasses.replace(prompt, id=apart))
+                if prompt.id in known:
+                    done.append(dataclasses.replace(known[prompt.id], prompt_id=apart))
+
+        def of_list(completion: Completion) -> Completion:
+            name, prompt = own[completion.prompt_id]
+            return dataclasses.replace(completion, prompt_id=prompt.id, arm=f"{arm.name}/{name}")
+
+        _, notes = self._complete(arm, Prompts(together), how, seed, Completions(done), of_list)
+        label = " and ".join(lists)
+        self.say(f"{label}: {note}" for note in notes if not note.endswith(LEFT_OUT))  # `write` says those.
+
+    def _complete(
+        self,
+        arm: Arm,
+        prompts: Prompts,
+        how: Writing,
+        seed: int,
+        done: Completions,
+        kept: Callable[[Completion], Completion],
+    ) -> tuple[Completions, list[str]]:
+        """Completions of the prompts, and notes; each new one goes to the file as `kept` makes it."""
         notes: list[str] = []
         batch: list[Completion] = []
-
-        def mark(completion: Completion, prompt: Prompt) -> Completion:
-            return marked(completion, suite, prompt) if suite else completion
 
         def write(*_: int) -> None:
             self.keep(*batch)
@@ -155,18 +203,23 @@ class Answers:
                 seed=seed,
                 batch_size=how.batch_size,
                 arm=arm.name,
-                done=Completions(self.known(arm.name, suite, seed, kind).values()),
-                answered=lambda completion: batch.append(mark(completion, by_id[completion.prompt_id])),
+                done=done,
+                answered=lambda completion: batch.append(kept(completion)),
                 progress=write,
                 notes=notes,
             )
         write()
-        self.notes += [
-            note for note in (f"{label or suite}: {note}" for note in notes) if note not in self.notes
-        ]
-        return Completions(
-            mark(completion, prompt) for completion, prompt in zip(completions, prompts, strict=True)
-        )
+        return completions, notes
+
+    def _ask(self, key: Key) -> None:
+        """Put what is asked now behind what was asked before."""
+        if key not in self._asked:
+            self._asked.add(key)
+            self._known[key] = self._known.pop(key, [])
+
+    def say(self, notes: Iterable[str]) -> None:
+        """Add to the notes what was not said yet."""
+        self.notes += [note for note in dict.fromkeys(notes) if note not in self.notes]
 
     def keep(self, *completions: Completion) -> None:
         """Add completions to the file at once."""
@@ -380,7 +433,7 @@ class Bench:
 
     def say(self, notes: Iterable[str]) -> None:
         """Add to the notes what was not said yet."""
-        self.answers.notes += [note for note in dict.fromkeys(notes) if note not in self.answers.notes]
+        self.answers.say(notes)
 
     def tell(self, name: str) -> None:
         """Say what is measured now."""
@@ -393,6 +446,8 @@ class Bench:
         What an earlier run generated is used again.
         """
         self.tell(arm.name)
+        lists, how = {"harmful": self.harmful, "harmless": self.harmless}, self._writing()
+        self.answers.write_together(arm, lists, how, self.seed)
         answers = self.answered(arm)
         others = judge_refusal(self.completed(arm, "harmless"))
         self.answers.judged(others.completions)
@@ -474,9 +529,12 @@ class Bench:
 
     def completed(self, arm: Arm, kind: str, seed: int | None = None) -> Completions:
         """The arm's answers to the `harmful`, `harmless` or `task` prompts, under the name `arm/kind`."""
-        prompts, how = getattr(self, kind), Writing(self.longest, batch_size=self.batch_size)
-        named = dataclasses.replace(arm, name=f"{arm.name}/{kind}")
-        return self.answers.write(named, prompts, how, self.seed if seed is None else seed, label=kind)
+        prompts, named = getattr(self, kind), dataclasses.replace(arm, name=f"{arm.name}/{kind}")
+        seed = self.seed if seed is None else seed
+        return self.answers.write(named, prompts, self._writing(), seed, label=kind)
+
+    def _writing(self) -> Writing:
+        return Writing(self.longest, batch_size=self.batch_size)
 
     def finish(self) -> None:
         """Write all completions with their verdicts.
