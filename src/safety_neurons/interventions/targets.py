@@ -307,16 +307,17 @@ def constant_editors(
         given = (
             None if values is None or mode in ("zero", "scale") else per_site(values, key, index, sizes[key])
         )
-        editors[key] = _edit(subject, PerDevice(index, sizes[key]), _change(mode, alpha, given, draws))
+        at, change = PerDevice(index, sizes[key]), _change(mode, alpha, given, draws)
+        editors[key] = _silencer(at, subject) if change is None else _edit(subject, at, change)
     return editors
 
 
-def _change(mode: str, alpha: float, given: Tensor | None, draws: "_Draws") -> Edit:
-    """The new values of the chosen columns, from their own."""
+def _change(mode: str, alpha: float, given: Tensor | None, draws: "_Draws") -> Edit | None:
+    """The new values of the chosen columns, from their own; None for zeros."""
     if mode == "scale":
         return lambda own: own * alpha
     if mode == "zero" or given is None:
-        return torch.zeros_like
+        return None
     if mode == "mean":
         return lambda own: given.to(own).expand_as(own)
     return lambda own: own + alpha * given.to(own) * draws.like(own)
@@ -410,9 +411,12 @@ def _silencer(index: PerDevice, subject: Subject) -> Callable[[Any], Tensor]:
     def silence(
         activation: Float[Tensor, "batch token neuron"] | ExpertRows,
     ) -> Float[Tensor, "*rows neuron"]:
+        own = own_rows(subject, activation)
+        if own is None and isinstance(activation, Tensor) and not activation.requires_grad:
+            # Nothing else reads it, and a copy costs a decoding step as much as the zeros.
+            return activation.index_fill_(-1, index.on(activation.device), 0)
         values = activation.values if isinstance(activation, ExpertRows) else activation
         silenced = values.index_fill(-1, index.on(values.device), 0)
-        own = own_rows(subject, activation)
         return silenced if own is None else torch.where(own, silenced, values)
 
     return silence
@@ -467,9 +471,8 @@ def scaled(
     asked = None if when is None else Conditional(when.flags if isinstance(when, Flags) else when)
     with evaluating(subject.model), active(subject), contextlib.ExitStack() as stack:
         if chosen:
-            change = torch.zeros_like if factor == 0 else _change("scale", float(factor), None, _Draws(0))
             editors = {
-                key: _scaler(PerDevice(index, sizes[key]), change, subject, asked)
+                key: _scaler(PerDevice(index, sizes[key]), float(factor), subject, asked)
                 for key, index in chosen.items()
             }
             if asked is not None:
@@ -479,8 +482,12 @@ def scaled(
 
 
 def _scaler(
-    index: PerDevice, change: Edit, subject: Subject, asked: "Conditional | None"
+    index: PerDevice, factor: float, subject: Subject, asked: "Conditional | None"
 ) -> Callable[[Any], Tensor]:
+    if factor == 0 and asked is None:
+        return _silencer(index, subject)
+    change: Edit = torch.zeros_like if factor == 0 else lambda own: own * factor
+
     def scale(
         activation: Float[Tensor, "batch token neuron"] | ExpertRows,
     ) -> Float[Tensor, "*rows neuron"]:
