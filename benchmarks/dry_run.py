@@ -51,10 +51,11 @@ def called(words: list[str]) -> dict[str, Any]:
     return found
 
 
-def words_of(method: str, model: str, limit: int) -> list[str]:
+def words_of(method: str, model: str, limit: int, layers: str | None) -> list[str]:
     """The command of a search."""
     named = ["--base", model, "--aligned", model] if method == "contrast" else ["--model", model]
-    return ["find", method, *named, *METHODS[method], "--limit", str(limit), "--device", "cpu"]
+    some = [] if layers is None else ["--layers", layers]
+    return ["find", method, *named, *METHODS[method], "--limit", str(limit), *some, "--device", "cpu"]
 
 
 def measured(words: list[str]) -> dict[str, Any]:
@@ -158,6 +159,7 @@ def main() -> None:
     parser.add_argument("--models", default="real:smollm2-135m-instruct")
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--limit", type=int, default=8)
+    parser.add_argument("--layers", help="search these alone, A:B")
     parser.add_argument("--out", type=pathlib.Path, default=RESULT)
     parser.add_argument("--shapes", action="store_true", help="plan the large shapes, measure nothing")
     parser.add_argument("--table", action="store_true", help="print the tables of docs/scale.md")
@@ -175,10 +177,11 @@ def main() -> None:
         return
     for model in options.models.split(","):
         for method in options.methods.split(","):
-            words = words_of(method, model, options.limit)
+            words = words_of(method, model, options.limit, options.layers)
             plan, real = alone(words, plan=True), alone(words, plan=False)
             ratios = {name: plan[name] / real[name] for name in COMPARED}
             what = f"find {method}, {options.limit} prompts"
+            what += f", layers {options.layers}" if options.layers else ""
             row = {"what": what, "model": model, "plan": plan, "measured": real, "ratios": ratios}
             kept_with([row], options.out)
             print(what, model, {name: round(value, 2) for name, value in ratios.items()})

@@ -2,17 +2,21 @@
 
 import json
 import pathlib
+from functools import partial
 from typing import Any
 
 import pytest
+import torch
 from running import command, done, refused
 
 from safety_neurons.cli.plans import WORKS
 from safety_neurons.cli.verb import DECLARED, VERBS, load
-from safety_neurons.model import identity, pace
+from safety_neurons.detectors import METHODS, Method, find
+from safety_neurons.detectors.methods import with_options
+from safety_neurons.model import LanguageModel, identity, pace
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.results import run
-from tiny import SIZES, tiny_llama_folder, tiny_tokenizer
+from tiny import CHAT_TEMPLATE, SIZES, tiny_llama, tiny_llama_folder, tiny_tokenizer
 
 CONFIG = {**SIZES, "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "float32"}
 
@@ -27,9 +31,6 @@ def shape(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def neurons(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    from safety_neurons.model import LanguageModel
-    from tiny import tiny_llama
-
     file = tmp_path_factory.mktemp("neurons") / "neurons.safetensors"
     NeuronSet({"layers.0.down": range(9), "layers.1.q": range(2)}, LanguageModel(tiny_llama()).table).save(
         file
@@ -163,6 +164,70 @@ def test_bytes_that_a_plan_counts_as_hashed_are_those_that_the_run_hashes(
     monkeypatch.setattr(run, "_digest", file)
     done(*words, *(["--max-new-tokens", "2"] if method == "contrast" else []), "--out", tmp_path / "run")
     assert sum(hashed) == pytest.approx(counted, rel=0.1)  # a file has a header too
+
+
+def test_layers_of_a_search_are_those_of_its_plan(tmp_path: pathlib.Path) -> None:
+    folder = tiny_llama_folder(tmp_path / "model", num_hidden_layers=4)
+    words = ("find", "importance", "--model", folder, "--limit", 5)
+    whole, one, last, none = (
+        done(*words, *more, "--dry-run")
+        for more in ((), ("--layers", "0:1"), ("--layers", "3"), ("--sites", "down"))
+    )
+    scored = one["flops"] - none["flops"]  # q and k of one layer; every plan has the same passes
+    assert scored > 0
+    assert one["flops"] == last["flops"]
+    assert whole["flops"] - none["flops"] == pytest.approx(4 * scored)
+
+
+HARMFUL = ["how do i make a bomb", "tell me how to kill the plant"]
+OTHERS = {"harmless": ["how do i make a cake", "tell me about a tree"], "general": ["the house is red ."]}
+OF_GRADIENTS = [name for name, one in METHODS.items() if one().passes(1) > 1 and name != "heads"]
+
+
+def searched(method: Method, layers: int, before: Any, after: Any) -> list[LanguageModel]:
+    """A search with functions called before and after every attention part and layer of its models."""
+    tokenizer = tiny_tokenizer(CHAT_TEMPLATE)
+    models = [
+        LanguageModel(tiny_llama(seed, num_hidden_layers=layers), tokenizer)
+        for seed in range(1 + method.PAIR)
+    ]
+    for lm in models:
+        for layer in lm.anatomy.layers:
+            layer.attention.module.register_forward_pre_hook(partial(before, layer.index))
+            layer.module.register_forward_hook(partial(after, layer.index))
+    shown = {name: text for name, text in OTHERS.items() if name in method.shown()}
+    find(method, models, HARMFUL, **shown)
+    return models
+
+
+@pytest.mark.parametrize("name", OF_GRADIENTS)
+def test_no_gradient_of_a_run_reaches_a_layer_that_its_plan_leaves_out(name: str) -> None:
+    reached: set[int] = set()
+
+    def after(number: int, module: Any, args: Any, output: Any) -> None:
+        states = output if isinstance(output, torch.Tensor) else output[0]
+        if states.requires_grad:
+            reached.add(number)
+
+    method = with_options(name, layers="2:3")
+    searched(method, 4, lambda *_: None, after)
+    assert reached == {2, 3}
+
+
+@pytest.mark.parametrize("layers", [None, "0:1", "2:4"])
+def test_heads_are_planned_to_run_the_layers_that_they_run(
+    layers: str | None, tmp_path: pathlib.Path
+) -> None:
+    run: list[int] = []
+    method = with_options("heads", layers=layers)
+    [lm] = searched(method, 4, lambda number, *_: run.append(number), lambda *_: None)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"{text}\n" for text in HARMFUL), encoding="utf-8")
+    tiny_llama_folder(tmp_path / "model", num_hidden_layers=4)
+    words = ("find", "heads", "--model", tmp_path / "model", "--prompts", prompts)
+    planned = done(*words, *(() if layers is None else ("--layers", layers)), "--dry-run")
+    tokens = sum(len(row.ids) for row in lm.encode(HARMFUL))
+    assert planned["tokens"] == pytest.approx(len(run) / 4 * tokens)
 
 
 def test_what_a_model_is_too_large_for_is_said(shape: pathlib.Path, tmp_path: pathlib.Path) -> None:

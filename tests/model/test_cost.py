@@ -187,6 +187,56 @@ def test_a_work_of_its_own_pace_takes_its_time_and_falls_back_with_a_note(
     assert "as if it were a plain pass (UnsupportedModelError: no such site)" in note
 
 
+def three_layers(folder: pathlib.Path) -> tuple[Outline, int]:
+    [outline], weights = outlines([tiny_llama_folder(folder, num_hidden_layers=3)])
+    return outline, weights
+
+
+def test_what_a_method_does_is_timed_in_its_layers_and_a_pass_in_all(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outline, weights = three_layers(tmp_path / "model")
+    monkeypatch.setattr(TimedLayers, "seconds", lambda *_: 1.0)
+    monkeypatch.setattr(TimedLayers, "reading", lambda *_: (2.0, 10.0))
+    work = Work("read", (6, 6, 6), reading=OwnPace(), exact=(48, 32))
+
+    def of(layers: tuple[int, ...] | None) -> float:
+        return cost(outline, [dataclasses.replace(work, layers=layers)], weights, 0).work_seconds
+
+    assert of(None) == of((0, 1, 2)) == pytest.approx(3 * (2.0 + 10.0), rel=0.01)
+    for layers in ((0,), (1,), (0, 2)):
+        expected = len(layers) * (2.0 + 10.0) + (3 - len(layers)) * 1.0
+        assert of(layers) == pytest.approx(expected, rel=0.01)
+
+
+def test_exact_importance_takes_arithmetic_and_memory_of_its_layers_alone(tmp_path: pathlib.Path) -> None:
+    outline, weights = three_layers(tmp_path / "model")
+    plain = Work("read", (6, 9))
+    none, one, two, whole = (
+        cost(outline, [dataclasses.replace(plain, exact=exact, layers=layers)], weights, 0)
+        for exact, layers in ((None, None), ((48, 32), (1,)), ((48, 32), (0, 2)), ((48, 32), None))
+    )
+    assert one.flops > none.flops
+    assert two.flops - none.flops == pytest.approx(2 * (one.flops - none.flops))
+    assert whole.flops - none.flops == pytest.approx(3 * (one.flops - none.flops))
+    kept = two.activations_bytes - one.activations_bytes  # factors of one output projection more
+    assert whole.activations_bytes - two.activations_bytes == kept > 0
+
+
+def test_gradients_take_arithmetic_and_memory_from_the_first_layer_of_a_method_on(
+    tmp_path: pathlib.Path,
+) -> None:
+    outline, _ = three_layers(tmp_path / "model")
+    once, whole, late = (
+        cost(outline, [Work("read", (6, 6), passes=passes, logits=True, backward=back, layers=layers)], 0, 0)
+        for passes, back, layers in ((1, False, None), (3, True, None), (3, True, (2,)))
+    )
+    head = 2 * outline.n_ids * outline.hidden * 12
+    a_layer = (whole.flops - once.flops - 2 * head) / 2 / 3
+    assert whole.flops - late.flops == pytest.approx(2 * 2 * a_layer, rel=0.01)
+    assert whole.activations_bytes - late.activations_bytes == pytest.approx(2 * late.activations_bytes)
+
+
 def test_an_estimate_reads_as_a_few_lines() -> None:
     lm = LanguageModel(tiny_llama(max_position_embeddings=8), tiny_tokenizer(CHAT_TEMPLATE))
     text = str(estimate([lm], Prompts.from_list(["kill " * 20])))

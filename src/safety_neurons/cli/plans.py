@@ -178,6 +178,7 @@ class Planner:
         """One search by a method."""
         from safety_neurons.detectors.contrast import MEMORY_BUDGET
         from safety_neurons.detectors.importance import AT_ONCE, SHORT
+        from safety_neurons.neurons import parse_key
 
         table, models = self.outline.table, 2 if method.PAIR else 1
         searched = table.select(sites=method.searched, layers=method.layers).sizes
@@ -202,8 +203,8 @@ class Planner:
                     )
                 ]
             )
-        heads = sum(layer.attention.n_heads for layer in self.outline.anatomy.layers if layer.attention)
-        passes = method.passes(heads)
+        layers = tuple(sorted({parse_key(key).layer for key in searched}))
+        passes = method.passes(self._heads(layers))
         exact = isinstance(method, Importance | ImportanceContrast)
         text = [length + (new or method.WRITES) for length in (*prompts, *others)]
         works.append(
@@ -221,9 +222,20 @@ class Planner:
                 statistics=method.STATISTICS,
                 kept=MEMORY_BUDGET if method.NAME == "contrast" else 0,
                 reading=method.reading(),
+                layers=layers,
             )
         )
         return works
+
+    def _heads(self, layers: Iterable[int]) -> float | int:
+        """Attention heads of some layers, each by the share of all layers from its own on."""
+        anatomy = self.outline.anatomy.layers
+        parts = {layer.index: layer.attention for layer in anatomy}
+        return sum(
+            part.n_heads * (len(anatomy) - number) / len(anatomy)
+            for number in layers
+            if (part := parts[number]) is not None
+        )
 
     def trained(self, what: str, lengths: tuple[int, ...], epochs: float | int, entries: int) -> "Work":
         """Examples that are trained on."""

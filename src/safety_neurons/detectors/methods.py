@@ -82,8 +82,8 @@ class Method(Searched):
     PASSES: ClassVar[float | int] = 1
     """How often each of its models reads a prompt, a backward pass counted as two."""
 
-    def passes(self, heads: int) -> float | int:  # noqa: ARG002
-        """`PASSES`, where options or the number of attention heads of all layers change it."""
+    def passes(self, heads: float | int) -> float | int:  # noqa: ARG002
+        """`PASSES`, where options change it, or the heads searched, each by the share of layers it runs."""
         return self.PASSES
 
     @classmethod
@@ -275,7 +275,7 @@ class Mask(Method, Sized):
     caution: Annotated[float | int, Between(0)] = 0.5
     """Weight of the harmless answers."""
 
-    def passes(self, heads: int) -> float | int:  # noqa: ARG002
+    def passes(self, heads: float | int) -> float | int:  # noqa: ARG002
         """Forward and back in every round."""
         return 3 * self.rounds
 
@@ -491,7 +491,7 @@ class Attribution(Method, ExplainedTexts, Voted):
     integrated: Annotated[int, Between(0)] = 0
     """Points at which the gradient is averaged; 0 takes it at the model itself."""
 
-    def passes(self, heads: int) -> float | int:  # noqa: ARG002
+    def passes(self, heads: float | int) -> float | int:  # noqa: ARG002
         """Forward and back at every point."""
         return 3 * max(1, self.integrated)
 
@@ -576,7 +576,7 @@ class AttributionPatching(Method, EarlyStop, Voted):
     midpoints: Positive = 8
     """Midpoints of the path."""
 
-    def passes(self, heads: int) -> float | int:  # noqa: ARG002
+    def passes(self, heads: float | int) -> float | int:  # noqa: ARG002
         """Forward and back at every point."""
         return 3 * (self.midpoints if self.at == "path" else 1)
 
@@ -749,9 +749,9 @@ class SafetyHeads(Method, WholeParts):
     PANEL: ClassVar[str | None] = None
     DEFAULT_SITES = ("o",)
 
-    def passes(self, heads: int) -> float | int:
-        """From the layer of every head on, half of the layers on average."""
-        return 1 + heads / 2
+    def passes(self, heads: float | int) -> float | int:
+        """Once whole, and from the layer of every head on."""
+        return 1 + heads
 
     heads: Positive | None = None
     """Keep this many whole heads. [default: 5 % of them]"""

@@ -46,6 +46,8 @@ class Work:
         kept: Bytes of activations at all of them that a batch may keep; 0 where none are kept.
         trained: Entries of weights that are trained.
         reading: What a batch goes through, where operations alone do not tell its time.
+        layers: Numbers of the layers that a method works on; None for all. Every pass runs all layers, while
+            what is computed beside it is of these, and gradients end at the first of them.
     """
 
     what: str
@@ -58,11 +60,12 @@ class Work:
     backward: bool = False
     exact: tuple[int, int] | None = None
     neurons: int = 0
-    active: float = 0
+    active: float | int = 0
     statistics: int = 0
     kept: int = 0
     trained: int = 0
     reading: Reading | None = field(default=None, repr=False)
+    layers: tuple[int, ...] | None = None
 
     @property
     def tokens(self) -> int:
@@ -268,7 +271,13 @@ def cost(
     seconds = 0.0
     for work, one, (read, written) in zip(works, sizes, counted, strict=True):
         own = _own_pace(outline, work, one, rate)
-        seconds += read / many if own is None else read / own.rate + own.once * len(outline.anatomy.layers)
+        if own is None:
+            seconds += read / many
+        else:
+            mine = _layers_of(outline, work)
+            others = [layer for layer in outline.anatomy.layers if layer not in mine]
+            passed = work.passes * work.models * _passed(outline, others, work.lengths)
+            seconds += passed / many + (read - passed) / own.rate + own.once * len(mine)
         seconds += written / rate(one.rows, 1, one.width) if written else 0.0
     working = max((8 * work.statistics * work.neurons for work in works), default=0)
     return CostEstimate(
@@ -348,14 +357,14 @@ def _sizes(outline: Outline, work: Work, batch_size: BatchSize) -> _Sizes:
     prompt = max(work.lengths[index] for index in group)
     size, neurons = outline.itemsize, work.neurons
     fed = rows * (prompt if work.new_tokens else width)
-    layers = len(outline.anatomy.layers) if work.backward else 1
+    layers = len(outline.anatomy.layers) - len(_ahead(outline, work)) if work.backward else 1
     activations = layers * fed * layer_width(outline) * size
     padded = len({work.lengths[index] for index in group}) > 1
     activations += rows * prompt**2 * (1 + size) if padded else 0
     activations += min(work.kept, round(fed * token))
     statistics = 8 * work.statistics * neurons
     if work.exact is not None:
-        activations += _exact_bytes(outline, max(work.lengths), *work.exact)
+        activations += _exact_bytes(outline, work)
         statistics += 8 * rows * neurons
     cache = rows * width * cache_width(outline) * size if work.new_tokens else 0
     logits = rows * outline.n_ids * (size + 4) if work.new_tokens else 0
@@ -366,13 +375,33 @@ def _sizes(outline: Outline, work: Work, batch_size: BatchSize) -> _Sizes:
     return _Sizes(activations, cache, logits, statistics, rows, width, len(groups), lengths)
 
 
+def _layers_of(outline: Outline, work: Work) -> list[LayerAnatomy]:
+    """The layers that a method works on."""
+    return [layer for layer in outline.anatomy.layers if work.layers is None or layer.index in work.layers]
+
+
+def _ahead(outline: Outline, work: Work) -> list[LayerAnatomy]:
+    """The layers before these, which no gradient reaches."""
+    first = min((layer.index for layer in _layers_of(outline, work)), default=0)
+    return [layer for layer in outline.anatomy.layers if layer.index < first]
+
+
+def _passed(outline: Outline, layers: Sequence[LayerAnatomy], lengths: Sequence[int]) -> float:
+    """Operations of one pass of sequences through some layers."""
+    return math.fsum(
+        2 * outline.passed_in(layer) * sum(lengths)
+        + sum(length * attended_in(outline, layer, length) for length in lengths)
+        for layer in layers
+    )
+
+
 def _own_pace(outline: Outline, work: Work, sizes: _Sizes, rate: Throughput) -> ReadingPace | None:
     """Of what a batch of a work goes through, where it has one of its own."""
     if work.reading is None or not sizes.lengths:
         return None
 
     def operations(layer: LayerAnatomy, length: int) -> float:
-        plain = length * (2 * outline.passed_in(layer) + attended_in(outline, layer, length))
+        plain = _passed(outline, [layer], [length])
         return plain + (_exact_in(layer, length) if work.exact is not None else 0.0)
 
     return rate.of_reading(work.reading, sizes.lengths, operations)
@@ -383,10 +412,14 @@ def _operations(outline: Outline, work: Work, sizes: _Sizes) -> tuple[float, flo
     head = 2 * outline.n_ids * outline.hidden
     once = math.fsum(_forward(outline, length) for length in work.lengths)
     read = once * work.passes * work.models
+    if work.backward:  # forward once, back twice
+        back = 2 / 3 * work.passes * work.models
+        read -= back * _passed(outline, _ahead(outline, work), work.lengths)
     if work.logits or work.backward:
         read += head * work.tokens * work.passes * work.models
     if work.exact is not None:
-        read += sum(_exact_in(layer, length) for length in work.lengths for layer in outline.anatomy.layers)
+        scored = _layers_of(outline, work)
+        read += sum(_exact_in(layer, length) for length in work.lengths for layer in scored)
     prompts = once * (work.answers if work.new_tokens else 0)
     if work.kept:  # sites are read in several passes where one batch's activations do not fit
         token = work.active * max(outline.itemsize, 4)
@@ -425,13 +458,17 @@ def _exact_in(layer: LayerAnatomy, length: int) -> float:
     return 2.0 * part.n_heads * part.head_dim**2 * (length**2 + 2 * length * part.head_dim)
 
 
-def _exact_bytes(outline: Outline, longest: int, short: int, together: int) -> int:
+def _exact_bytes(outline: Outline, work: Work) -> int:
     """Of exact importance: factors of every output projection, which stay, and the scores of attention of
     one long prompt or of several short ones at one layer.
     """
+    assert work.exact is not None
+    (short, together), longest = work.exact, max(work.lengths)
     factors = states = 0
     wide = max(outline.itemsize, 4)
-    for part in _attentions(outline):
+    for part in (layer.attention for layer in _layers_of(outline, work)):
+        if part is None:
+            continue
         mixed = part.n_heads * part.head_dim
         factors += wide * (mixed**2 // part.n_kv_heads + part.n_heads * part.head_dim**2)
         at_once = together if longest <= short else 1
