@@ -8,7 +8,8 @@ loop and the same check, and ask the kept states the same held-out requests.
 FOLDER of `--data` holds `advbench/harmful_behaviors.csv`, `harmbench/harmbench_behaviors_text_val.csv`,
 `xstest/xstest_prompts.csv`, `llama_factory/alpaca_en_demo.json` and `wikitext2/valid.txt` in their public
 shapes; none of them is learnt or looked at while training. Without it the model is asked its own built-in
-lists alone (organisms). Every arm's row is written when it is there; the same call goes on after a kill.
+lists alone (organisms). Every arm's row is written when it is there; the same call goes on after a kill, and
+a call of other requests, answers or training needs a folder of its own, since rows of a folder are paired.
 Rates of LoRA and of all weights begin where they are usually set (2e-4, 1e-5), or as given, and are
 adapted by the same trust region.
 
@@ -22,6 +23,7 @@ import argparse
 import contextlib
 import csv
 import dataclasses
+import itertools
 import json
 import pathlib
 import time
@@ -272,7 +274,8 @@ def kept(arm: str, seed: int, given: argparse.Namespace) -> Iterator[Kept]:
         mock.patch.object(train, "token_weights", weights),
     ):
         checkpoint = Checkpoint(given.out / f"{arm}-{seed}.safetensors")
-        loop = Loop(deltas, rates, settings, watch, checkpoint, {"arm": arm, "seed": seed}, notes)
+        identity = {"arm": arm, "seed": seed, **made_with(given, arm)}
+        loop = Loop(deltas, rates, settings, watch, checkpoint, identity, notes)
         leave_out(arm, loop)
         if not loop.resume():
             harmless = None if arm == "no-harmless" else others
@@ -282,10 +285,44 @@ def kept(arm: str, seed: int, given: argparse.Namespace) -> Iterator[Kept]:
         yield Kept(model, deltas, loop, stopped)
 
 
+def made_with(given: argparse.Namespace, arm: str = "") -> dict[str, Any]:
+    """What decides the rows of a folder, beside their arms and seeds; of LoRA and of all weights the rate
+    too.
+    """
+    rates = {"lora": "lora_rate", "full": "full_rate"}
+    names = ("model", "neurons", "data", "steps", "every", "anchor", "limit", "tokens")
+    found = {name: getattr(given, name) for name in (*names, *([rates[arm]] if arm in rates else []))}
+    return {name: str(value) if isinstance(value, pathlib.Path) else value for name, value in found.items()}
+
+
+def check_alike(made: Mapping[str, Mapping[str, Any] | None]) -> None:
+    """Refuse what cannot be paired.
+
+    Args:
+        made: by the name of a row what it was made with; None where it does not say.
+
+    Raises:
+        ValueError: two of them differ.
+    """
+    rest = "expected rows of the same options, or another --out"
+    for (one, mine), (other, theirs) in itertools.combinations(made.items(), 2):
+        if mine is None or theirs is None:
+            if mine is not theirs:
+                silent = one if mine is None else other
+                raise ValueError(f"{silent} does not say what it was made with; {rest}")
+            continue
+        for name in mine:
+            if name in theirs and mine[name] != theirs[name]:
+                flag = "--" + name.replace("_", "-")
+                raise ValueError(
+                    f"{one} was made with {flag} {mine[name]}, {other} with {theirs[name]}; {rest}"
+                )
+
+
 def untouched(given: argparse.Namespace, what: str, ask: Callable[[], Any]) -> Any:
     """What was found of the untouched model, asked once for all arms."""
     file = given.out / "before.json"
-    known = json.loads(file.read_text()) if file.is_file() else {}
+    known = json.loads(file.read_text()) if file.is_file() else {"made_with": made_with(given)}
     if what not in known:
         known[what] = ask()
         file.write_text(json.dumps(known))
@@ -313,6 +350,7 @@ def row(arm: str, seed: int, given: argparse.Namespace) -> dict[str, Any]:
     return {
         "arm": arm,
         "seed": seed,
+        "made_with": made_with(given, arm),
         "parameters": count,
         "share": count / model.table.n_parameters,
         "kept_step": loop.kept_step,
@@ -360,8 +398,12 @@ def summary(rows: Sequence[Mapping[str, Any]], before: Mapping[str, Any]) -> dic
 
     Intervals are over requests, those of one deed together, for these seeds; the family-wise rate of all
     differences is held.
+
+    Raises:
+        ValueError: rows that were made with other options.
     """
     rows = [row for row in rows if "verdicts" in row]
+    check_alike(_made(rows))
     whole = {row["seed"]: row for row in rows if row["arm"] == "neurons"}
     found = {}
     for arm in dict.fromkeys(row["arm"] for row in rows if row["seed"] in whole):
@@ -383,6 +425,10 @@ def summary(rows: Sequence[Mapping[str, Any]], before: Mapping[str, Any]) -> dic
             "checked": {str(seed): _checked(row) for seed, row in runs.items()},
         }
     return holm_in(found)
+
+
+def _made(rows: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any] | None]:
+    return {f"{row['arm']}-{row['seed']}": row.get("made_with") for row in rows}
 
 
 def _by_request(rows: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
@@ -425,6 +471,14 @@ def main() -> None:
     if given.ablate:
         given.arms = ["neurons", *LENGTHS, *LEFT_OUT, "random"]
     given.out.mkdir(parents=True, exist_ok=True)
+    made = _made([json.loads(file.read_text()) for file in given.out.glob("*-*.json")])
+    if (given.out / "before.json").is_file():
+        made["before.json"] = json.loads((given.out / "before.json").read_text()).get("made_with")
+    try:
+        for arm in given.arms:
+            check_alike({f"this call of {arm}": made_with(given, arm)} | made)
+    except ValueError as error:
+        parser.exit(2, f"{error}\n")
     for seed in given.seeds:
         for arm in given.arms:
             file = given.out / f"{arm}-{seed}.json"

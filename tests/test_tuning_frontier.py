@@ -120,6 +120,55 @@ def test_arms_are_compared_with_the_whole_recipe_request_by_request_over_the_sam
     assert found["random"]["checked"] == {"1": 0.75}
 
 
+MADE = {"model": "m", "neurons": "n", "data": None, "steps": None, "every": 2, "anchor": 4.0}
+MADE |= {"limit": 32, "tokens": 20, "lora_rate": 2e-4}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_rows_that_were_made_with_other_options_are_not_paired(frontier, name):
+    rows = [{**a_row(arm, 0, [True, False]), "made_with": MADE} for arm in ("neurons", "random")]
+    before = {"builtin": {"groups": ["a", "b"]}}
+    assert frontier.summary(rows, before)["random"]["against"]["builtin"]["value"] == 0.0
+    rows[1]["made_with"] = {**MADE, name: 7}
+    flag = f"--{name.replace('_', '-')}"
+    with pytest.raises(ValueError, match=f"neurons-0 was made with {flag} .*, random-0 with 7; expected"):
+        frontier.summary(rows, before)
+    del rows[1]["made_with"]
+    with pytest.raises(ValueError, match="random-0 does not say what it was made with"):
+        frontier.summary(rows, before)
+
+
+@pytest.mark.parametrize("left", ["random-0.json", "before.json"])
+def test_a_folder_of_other_options_is_refused_before_anything_is_trained(
+    frontier, left, tmp_path, monkeypatch, capsys
+):
+    words = ["--model", "m", "--neurons", "n", "--out", str(tmp_path), "--arms", "neurons", "--limit", "32"]
+
+    def row(arm, seed, given):
+        frontier.untouched(given, "requests", lambda: {"builtin": {"groups": ["a", "b"]}})
+        refused = {"builtin": {"value": 0.5, "low": 0.2, "high": 0.8}}
+        made = frontier.made_with(given, arm)
+        return {**a_row(arm, seed, [True, False]), "checks": [], "refused": refused, "made_with": made}
+
+    def called(*more):
+        monkeypatch.setattr("sys.argv", ["tuning_frontier", *words, *more])
+        frontier.main()
+
+    monkeypatch.setattr(frontier, "row", row)
+    called()
+    called("--arms", "random")  # the same folder goes on
+    for file in {"random-0.json", "before.json", "neurons-0.json"} - {left}:
+        (tmp_path / file).unlink()
+    capsys.readouterr()
+    monkeypatch.delattr(frontier, "row")
+    with pytest.raises(SystemExit):
+        called("--tokens", "7")
+    said = capsys.readouterr().err
+    name = left.removesuffix(".json") if left == "random-0.json" else left
+    assert f"this call of neurons was made with --tokens 7, {name} with 32; expected" in said
+    assert said.count("\n") == 1
+
+
 def test_a_row_says_where_a_model_at_chance_could_lose_nothing(frontier):
     refused = {"value": 0.5, "low": 0.2, "high": 0.8}
     asked = {"before": refused, "after": refused, "change": refused, "chance": 0.25}
