@@ -83,6 +83,21 @@ def measure(
     }
 
 
+def joined(record: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+    """A record, with the methods that an earlier one of the same organism and prompts has beside.
+
+    Raises:
+        ValueError: it is of another organism, or of other prompts.
+    """
+    for name in ("recipe", "units", "prompts"):
+        if record[name] != before[name]:
+            raise ValueError(
+                f"the record there has other {name} ({before[name]}, now {record[name]}), so its methods "
+                "cannot stand beside these; expected another --out"
+            )
+    return record | {"methods": before["methods"] | record["methods"]}
+
+
 def table(records: Sequence[dict[str, Any]]) -> str:
     """Recall by method and organism, with mean and worst over all and over those no detector was made on, as
     Markdown.
@@ -131,7 +146,10 @@ def main() -> None:
         record = measure(folder, options.limit, options.methods.split(","), options.batch_size or "auto")
         file = options.out / f"recall-{record['organism']}-{record['seed']}.json"
         if file.exists():
-            record["methods"] = json.loads(file.read_text(encoding="utf-8"))["methods"] | record["methods"]
+            try:
+                record = joined(record, json.loads(file.read_text(encoding="utf-8")))
+            except ValueError as error:
+                parser.exit(2, f"{file}: {error}\n")
         write_json(file, record)
     records = [
         json.loads(path.read_text(encoding="utf-8")) for path in sorted(options.out.glob("recall-*.json"))
