@@ -11,12 +11,13 @@ from running import command, done, refused
 
 from safety_neurons.cli.plans import WORKS
 from safety_neurons.cli.verb import DECLARED, VERBS, load
-from safety_neurons.detectors import METHODS, Method, find
+from safety_neurons.detectors import METHODS, Method, find, importance
 from safety_neurons.detectors.methods import with_options
+from safety_neurons.detectors.runner import MIN_HALVED
 from safety_neurons.model import LanguageModel, identity, pace
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.results import run
-from tiny import CHAT_TEMPLATE, SIZES, tiny_llama, tiny_llama_folder, tiny_tokenizer
+from tiny import CHAT_TEMPLATE, FILL, SIZES, tiny_llama, tiny_llama_folder, tiny_tokenizer
 
 CONFIG = {**SIZES, "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "float32"}
 
@@ -177,6 +178,33 @@ def test_layers_of_a_search_are_those_of_its_plan(tmp_path: pathlib.Path) -> Non
     assert scored > 0
     assert one["flops"] == last["flops"]
     assert whole["flops"] - none["flops"] == pytest.approx(4 * scored)
+
+
+@pytest.mark.parametrize("n_prompts", [MIN_HALVED - 1, MIN_HALVED + 1])
+def test_a_plan_with_texts_to_take_away_reads_what_the_run_reads_and_times_each_length_once(
+    n_prompts: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_llama_folder(tmp_path / "model")
+    texts = {"prompts": ["kill a tree"] * n_prompts, "a": ["tell me about the red house"] * 3, "b": ["help"]}
+    for name, lines in texts.items():
+        different = "".join(f"{line} {word}\n" for line, word in zip(lines, FILL, strict=False))
+        (tmp_path / f"{name}.txt").write_text(different, encoding="utf-8")
+    words = ["find", "importance", "--model", tmp_path / "model", "--prompts", tmp_path / "prompts.txt"]
+    words += ["--minus", f"{tmp_path}/a.txt,{tmp_path}/b.txt"]
+    timed: list[Any] = []
+    timing = pace.TimedLayers.reading
+    monkeypatch.setattr(
+        pace.TimedLayers, "reading", lambda *given: timed.append(tuple(given[2])) or timing(*given)
+    )
+    planned = done(*words, "--dry-run")
+    assert len(timed) == len(set(timed)) == 2  # the prompts with their halves, and the texts
+    read: list[int] = []
+    reduced = importance._Reduce.__call__
+    monkeypatch.setattr(
+        importance._Reduce, "__call__", lambda self, batch: read.extend(batch.lengths) or reduced(self, batch)
+    )
+    done(*words, "--out", tmp_path / "run")
+    assert planned["tokens"] == sum(read)
 
 
 HARMFUL = ["how do i make a bomb", "tell me how to kill the plant"]

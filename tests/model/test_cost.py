@@ -207,6 +207,8 @@ def test_what_a_method_does_is_timed_in_its_layers_and_a_pass_in_all(
     for layers in ((0,), (1,), (0, 2)):
         expected = len(layers) * (2.0 + 10.0) + (3 - len(layers)) * 1.0
         assert of(layers) == pytest.approx(expected, rel=0.01)
+    twice = dataclasses.replace(work, searches=2)  # what is done once is done in each search
+    assert cost(outline, [twice], weights, 0).work_seconds == pytest.approx(3 * (2 * 2.0 + 10.0), rel=0.01)
 
 
 def test_exact_importance_takes_arithmetic_and_memory_of_its_layers_alone(tmp_path: pathlib.Path) -> None:

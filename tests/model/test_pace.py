@@ -97,6 +97,37 @@ def test_a_sample_of_one_length_takes_fewer_of_it() -> None:
     assert sampled([8] * 9, float, 20.0) == [8, 8]
 
 
+def test_what_a_method_does_is_timed_once_for_batches_of_the_same_lengths(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [outline], _ = outlines([tiny_llama_folder(tmp_path / "model")])
+    timed: list[Any] = []
+
+    def reading(self: TimedLayers, what: Any, lengths: Any) -> tuple[float, float]:
+        timed.append(tuple(lengths))
+        if max(lengths) > 8:
+            raise UnsupportedModelError("no such site")
+        return 1.0, 2.0
+
+    monkeypatch.setattr(TimedLayers, "reading", reading)
+    rate, method = Throughput(outline), Importance()
+    given = [
+        (method, (5, 7)),
+        (method, (5, 7)),
+        (method, (5, 5)),
+        (Importance(), (5, 5)),
+        (method, (9,)),
+        (method, (9,)),
+    ]
+    told = [
+        rate.of_reading(one.reading(), lengths, lambda _, length: float(length)) for one, lengths in given
+    ]
+    assert timed == [(5, 7), (5, 5), (5, 5), (9,)]  # another method's own time is its own
+    assert told[0] == told[1] == (1.0, 6.0)
+    assert told[4] is told[5] is None
+    assert len(rate.notes) == 1
+
+
 @pytest.mark.parametrize("family", FAMILIES + MOE_FAMILIES)
 def test_exact_importance_of_every_family_goes_through_made_up_layers(family: str) -> None:
     with torch.device("meta"):

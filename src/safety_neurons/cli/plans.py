@@ -174,8 +174,10 @@ class Planner:
         """General text whose losses are measured in so many arms."""
         return self.read("perplexity", self.lengths(name, limit=limit), passes=arms, logits=True)
 
-    def found(self, method: Method, prompts: tuple[int, ...], others: tuple[int, ...] = ()) -> "list[Work]":
-        """One search by a method."""
+    def found(
+        self, method: Method, prompts: tuple[int, ...], others: tuple[int, ...] = (), searches: int = 1
+    ) -> "list[Work]":
+        """Searches by a method on so many texts, the other prompts being read in each."""
         from safety_neurons.detectors.contrast import MEMORY_BUDGET
         from safety_neurons.detectors.importance import AT_ONCE, SHORT
         from safety_neurons.neurons import parse_key
@@ -206,10 +208,10 @@ class Planner:
         layers = tuple(sorted({parse_key(key).layer for key in searched}))
         passes = method.passes(self._heads(layers))
         exact = isinstance(method, Importance | ImportanceContrast)
-        text = [length + (new or method.WRITES) for length in (*prompts, *others)]
+        text = [length + (new or method.WRITES) for length in (*prompts, *others * searches)]
         works.append(
             self.read(
-                method.NAME,
+                method.NAME if searches == 1 else f"{method.NAME} in {searches} searches",
                 text if method.PROMPTS else (),
                 passes=passes,
                 models=models,
@@ -223,6 +225,7 @@ class Planner:
                 kept=MEMORY_BUDGET if method.NAME == "contrast" else 0,
                 reading=method.reading(),
                 layers=layers,
+                searches=searches,
             )
         )
         return works
@@ -284,6 +287,8 @@ def _several(value: Any) -> list[Any]:
 
 
 def _find(planner: Planner) -> "list[Work]":
+    from safety_neurons.detectors.runner import MIN_HALVED
+
     method = planner._method()
     prompts = planner.lengths("prompts") if method.PROMPTS else ()
     others = tuple(
@@ -296,9 +301,9 @@ def _find(planner: Planner) -> "list[Work]":
     if planner.options.get("subtract") == "foundation":
         works += planner.found(method, planner.lengths("foundation", limit=None), others)
     if planner.options.get("minus"):
-        for _ in range(2):  # each other text, and two halves of the prompts
-            works += planner.found(method, prompts, others)
-        works += planner.found(method, planner.lengths("minus"), others)
+        if len(prompts) >= MIN_HALVED:
+            works += planner.found(method, prompts, others, 2)
+        works += planner.found(method, planner.lengths("minus"), others, len(named(planner.options["minus"])))
     return works
 
 

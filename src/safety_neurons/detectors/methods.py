@@ -147,11 +147,11 @@ class Method(Searched):
         return _function(self.SCORER)(self, run)
 
     def reading(self) -> Any:
-        """What every batch goes through in a model, for plans (`model.pace.Reading`).
+        """What every batch goes through, for plans (`model.pace.Reading`); None: operations tell its time."""
+        return self._read if self.READER else None
 
-        None where operations tell its time.
-        """
-        return functools.partial(_function(self.READER), self) if self.READER else None
+    def _read(self, model: Any) -> Any:
+        return _function(self.READER)(self, model)
 
 
 def _function(named: str) -> Any:

@@ -48,6 +48,7 @@ class Work:
         reading: What a batch goes through, where operations alone do not tell its time.
         layers: Numbers of the layers that a method works on; None for all. Every pass runs all layers, while
             what is computed beside it is of these, and gradients end at the first of them.
+        searches: How many searches it is of, each of which does once what is done once.
     """
 
     what: str
@@ -66,6 +67,7 @@ class Work:
     trained: int = 0
     reading: Reading | None = field(default=None, repr=False)
     layers: tuple[int, ...] | None = None
+    searches: int = 1
 
     @property
     def tokens(self) -> int:
@@ -277,7 +279,8 @@ def cost(
             mine = _layers_of(outline, work)
             others = [layer for layer in outline.anatomy.layers if layer not in mine]
             passed = work.passes * work.models * _passed(outline, others, work.lengths)
-            seconds += passed / many + (read - passed) / own.rate + own.once * len(mine)
+            seconds += passed / many + (read - passed) / own.rate
+            seconds += own.once * len(mine) * work.searches
         seconds += written / rate(one.rows, 1, one.width) if written else 0.0
     working = max((8 * work.statistics * work.neurons for work in works), default=0)
     return CostEstimate(

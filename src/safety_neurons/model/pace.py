@@ -76,6 +76,7 @@ class Throughput:
         self._outline = outline
         self._most = MOST_OPERATIONS.get(outline.device.type, 2e12)
         self._known: dict[tuple[int, int, int], float] = {}
+        self._readings: dict[tuple[Reading, tuple[int, ...]], ReadingPace | None] = {}
         self._layers: TimedLayers | None = None
         self.notes: tuple[str, ...] = ()
         dtype = getattr(torch, outline.dtype)
@@ -95,7 +96,7 @@ class Throughput:
     def of_reading(
         self, reading: Reading, lengths: Sequence[int], operations: Operations
     ) -> ReadingPace | None:
-        """Of what a method does with a batch of prompts of these lengths.
+        """Of what a method does with a batch of prompts of these lengths, timed once for all such batches.
 
         None, and a note, where made-up layers cannot go through it.
         """
@@ -103,12 +104,18 @@ class Throughput:
             return None
         layer = layers.timed
         sample = sampled(lengths, lambda length: operations(layer, length), READING_SHARE * self._most)
+        if (asked := (reading, tuple(sample))) in self._readings:
+            return self._readings[asked]
         try:
             once, seconds = layers.reading(reading, sample)
         except Exception as error:
             self.notes += (f"what is done with a prompt is timed as if it were a plain pass ({_why(error)})",)
-            return None
-        return ReadingPace(once, sum(operations(layer, length) for length in sample) / max(seconds, 1e-9))
+            found = None
+        else:
+            done = sum(operations(layer, length) for length in sample)
+            found = ReadingPace(once, done / max(seconds, 1e-9))
+        self._readings[asked] = found
+        return found
 
     def hashed(self) -> float:
         """Bytes of weights a second that are taken into memory and hashed."""
