@@ -15,6 +15,7 @@ from safety_neurons.detectors import METHODS, Method, find, importance
 from safety_neurons.detectors.methods import with_options
 from safety_neurons.detectors.runner import MIN_HALVED
 from safety_neurons.model import LanguageModel, identity, pace
+from safety_neurons.model.outline import TOKENIZER
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.results import run
 from tiny import CHAT_TEMPLATE, FILL, SIZES, tiny_llama, tiny_llama_folder, tiny_tokenizer
@@ -119,6 +120,12 @@ def test_a_plan_with_a_tokenizer_counts_its_tokens_and_a_pair_counts_twice(tmp_p
     other = tiny_llama_folder(tmp_path / "other", seed=1)
     two = done("find", "contrast", "--base", folder, "--aligned", other, "--limit", "5", "--dry-run")
     assert two["weights_bytes"] == pytest.approx(2 * one["weights_bytes"], rel=0.01)
+    words = (folder / "tokenizer.json").stat().st_size
+    assert one["tokenizer_bytes"] == TOKENIZER * words
+    assert two["tokenizer_bytes"] == 2 * TOKENIZER * words
+    assert one["memory_bytes"] >= one["weights_bytes"] + one["tokenizer_bytes"] + one["probe_bytes"]
+    same = done("find", "contrast", "--base", folder, "--aligned", folder, "--limit", "5", "--dry-run")
+    assert same["tokenizer_bytes"] == one["tokenizer_bytes"]  # one model in memory, one tokenizer
     assert (one["prompts"], one["new_tokens"], two["new_tokens"]) == (5, 0, 5 * 128)
     assert one["notes"] == []
     said = command("find", "importance", "--model", folder, "--limit", "5", "--dry-run")

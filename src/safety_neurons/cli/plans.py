@@ -51,6 +51,7 @@ def plan(session: Session) -> dict[str, Any]:
         batch_size=session.batch_size(),
         truncated=planner.truncated,
         hashed=planner.hashed,
+        tokenizers=planner.tokenizers,
         notes=planner.notes,
     )
     found = dataclasses.replace(found, start_seconds=started)
@@ -93,6 +94,7 @@ class Planner:
         self.outline: Outline = found[-1] if self.words[0] == "find" else found[0]
         self.n_models = len(found)
         self.hashed = self.weights + sum(one.weights_bytes for one in found)
+        self.tokenizers = sum(one.tokenizer_bytes for one in found)
         self.truncated = 0
         self.notes: list[str] = []
         self._known: dict[tuple[Any, ...], tuple[int, ...]] = {}

@@ -89,6 +89,7 @@ class CostEstimate:
         active_parameters: Those that a token passes.
         neurons: Neurons of the first model.
         weights_bytes: Weights of all models, a shared base once.
+        tokenizer_bytes: Tokenizers of all models on the processor.
         probe_bytes: The passes that prove where the neurons are, before anything else.
         activations_bytes: Largest batch while it is fed (a rough upper figure: attention, feed-forward and
             readers of one layer), or all layers where gradients are taken.
@@ -145,6 +146,7 @@ class CostEstimate:
     steps: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     start_seconds: float = 0.0
+    tokenizer_bytes: int = 0
 
     @property
     def seconds(self) -> float:
@@ -155,7 +157,8 @@ class CostEstimate:
     def memory_bytes(self) -> int:
         """The most that is in memory at once, beside Python and its libraries."""
         passes = self.activations_bytes + self.cache_bytes + self.logits_bytes
-        return self.weights_bytes + max(self.probe_bytes, passes + self.statistics_bytes)
+        held = self.weights_bytes + self.tokenizer_bytes
+        return held + max(self.probe_bytes, passes + self.statistics_bytes)
 
     @property
     def fits(self) -> bool | None:
@@ -168,6 +171,7 @@ class CostEstimate:
         )
         parts = [
             f"weights {_size(self.weights_bytes)}",
+            f"tokenizer {_size(self.tokenizer_bytes)}",
             f"activations {_size(self.activations_bytes)}",
             f"cache {_size(self.cache_bytes)}",
             f"logits {_size(self.logits_bytes)}",
@@ -247,6 +251,7 @@ def cost(
     batch_size: BatchSize = "auto",
     truncated: int = 0,
     hashed: int = 0,
+    tokenizers: int = 0,
     notes: Sequence[str] = (),
 ) -> CostEstimate:
     """The needs of a run that does these works one after the other.
@@ -259,6 +264,7 @@ def cost(
         batch_size: Rows of a batch, or `auto`.
         truncated: Prompts that do not fit the context.
         hashed: Bytes of weights that are read and hashed, each as often as it is.
+        tokenizers: Bytes of the tokenizers of all models in memory.
         notes: What makes a number less certain.
     """
     sizes = [_sizes(outline, work, batch_size) for work in works]
@@ -288,6 +294,7 @@ def cost(
         active_parameters=outline.active_parameters,
         neurons=outline.table.n_neurons,
         weights_bytes=weights,
+        tokenizer_bytes=tokenizers,
         probe_bytes=_probe_bytes(outline),
         activations_bytes=peak.activations,
         cache_bytes=peak.cache,

@@ -22,6 +22,8 @@ from safety_neurons.prompt_lists import Prompts
 
 BYTES_PER_TOKEN, TEMPLATE_TOKENS = 4, 16
 """What stands for a tokenizer where there is none: UTF-8 bytes of a token, and tokens of a template."""
+TOKENIZER = 9
+"""Bytes that a tokenizer keeps in memory for each of its file: 7.7 to 9.0 of three real ones."""
 
 BLOCK = 64
 """Weights that share a float32 scale in bitsandbytes' 4 bits."""
@@ -44,6 +46,8 @@ class Outline:
         prompt_folder: Folder of an organism's own prompts; None for every other model.
         held_bytes: Bytes of its weights where they are known from files or memory; 0 where the shapes tell.
         adapter_bytes: Bytes of its adapters' files.
+        tokenizer_bytes: What its tokenizer takes of the memory of a model on the processor; 0 where another
+            model of the run shares it, or nothing is known of it.
         notes: One line for each thing that makes a number less certain.
     """
 
@@ -57,6 +61,7 @@ class Outline:
     prompt_folder: Path | None = None
     held_bytes: int = 0
     adapter_bytes: int = 0
+    tokenizer_bytes: int = 0
     notes: list[str] = field(default_factory=list)
 
     @classmethod
@@ -219,7 +224,9 @@ def outlines(specs: Sequence[str | Path], **options: Any) -> tuple[list[Outline]
         if base not in made:
             made[base] = _outline(base, read(), options)
         sizes = sum(file.stat().st_size for folder in adapters for file in folder.glob("*.safetensors"))
-        found.append(replace(made[base], name=str(spec), adapter_bytes=sizes))
+        shared = any(one.model is made[base].model for one in found)
+        words = 0 if shared else made[base].tokenizer_bytes
+        found.append(replace(made[base], name=str(spec), adapter_bytes=sizes, tokenizer_bytes=words))
     total = sum(outline.weights_bytes for outline in found)
     if len(made) == 1 and not options.get("merge_adapters"):
         total -= (len(found) - 1) * (found[0].weights_bytes - found[0].adapter_bytes)
@@ -242,16 +249,18 @@ def _outline(folder: Path, read: tuple[nn.Module, Any, list[str]], options: Mapp
     prompting: Any = {name: options[name] for name in Prompting.__annotations__ if options.get(name)}
     prompting.pop("think_end", None)
     places = (place for place in (folder, folder.parent) if (place / "organism.json").is_file())
+    device, words = Placement.first(options.get("device")), folder / "tokenizer.json"
     return Outline(
         folder.name,
         model,
         dtype,
         quantize=str(options.get("quantize") or "none"),
-        device=Placement.first(options.get("device")),
+        device=device,
         tokenizer=tokenizer,
         template=None if tokenizer is None else template_for(tokenizer, **prompting),
         prompt_folder=next((place / "prompts" for place in places if (place / "prompts").is_dir()), None),
         held_bytes=stored if own or dtype == (kept or "float32") else 0,
+        tokenizer_bytes=TOKENIZER * words.stat().st_size if device.type == "cpu" and words.is_file() else 0,
         notes=notes,
     )
 
