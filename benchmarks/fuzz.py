@@ -7,6 +7,8 @@ replaced by odd ones, names dropped, renamed and doubled. A reader runs in a for
 memory; where the fork dies or hangs, the input it was reading is kept, and another fork goes on.
 
 nice python benchmarks/fuzz.py --seconds 180
+
+A run of some readers leaves the others' rows in the record.
 """
 
 import argparse
@@ -687,9 +689,14 @@ def main(words: Sequence[str] | None = None) -> int:
     finally:
         shutil.rmtree(work, ignore_errors=True)
     settings = {"seed": options.seed, "seconds": options.seconds, "inputs": options.inputs}
-    record = {"benchmark": "fuzz", "rows": rows, "settings": settings, "machine": machine()}
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "fuzz.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    file = options.out / "fuzz.json"
+    fed = {row["reader"] for row in rows}
+    before = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.is_file() else []
+    kept = [row for row in before if row["reader"] not in fed]
+    made_on = [{**row, "settings": settings, "machine": machine()} for row in rows]
+    record = {"benchmark": "fuzz", "rows": [*kept, *made_on]}
+    file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return int(any(row["faults"] for row in rows))
 
 

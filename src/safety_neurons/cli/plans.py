@@ -51,7 +51,6 @@ def plan(session: Session) -> dict[str, Any]:
         batch_size=session.batch_size(),
         truncated=planner.truncated,
         hashed=planner.hashed,
-        tokenizers=planner.tokenizers,
         notes=planner.notes,
     )
     found = dataclasses.replace(found, start_seconds=started)
@@ -91,10 +90,11 @@ class Planner:
                 "--model or with --base and --aligned"
             )
         found, self.weights = outlines(specs, **session.loading())
-        self.outline: Outline = found[-1] if self.words[0] == "find" else found[0]
+        words = sum(one.tokenizer_bytes for one in found)
+        of: Outline = found[-1] if self.words[0] == "find" else found[0]
+        self.outline = dataclasses.replace(of, tokenizer_bytes=words)
         self.n_models = len(found)
         self.hashed = self.weights + sum(one.weights_bytes for one in found)
-        self.tokenizers = sum(one.tokenizer_bytes for one in found)
         self.truncated = 0
         self.notes: list[str] = []
         self._known: dict[tuple[Any, ...], tuple[int, ...]] = {}

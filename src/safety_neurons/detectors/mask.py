@@ -30,7 +30,7 @@ from safety_neurons.detectors.reading import donated
 from safety_neurons.detectors.runner import Progress, Run, Scored, Stream
 from safety_neurons.detectors.text import generate
 from safety_neurons.errors import NumericalError, UnsupportedModelError, UsageError
-from safety_neurons.model import LanguageModel
+from safety_neurons.model import LanguageModel, ranks
 from safety_neurons.model.batches import Batch, BatchSize, collate, plan, token_budget
 from safety_neurons.model.language_model import takes_padding
 from safety_neurons.neurons import Selection, parse_key
@@ -252,9 +252,14 @@ class Search:
         slope = begun.get("slope", torch.zeros(len(self.numbers), dtype=torch.float64))
         each = begun.get("each", torch.zeros(self.course.n_harmful, dtype=torch.float64))
         value = float(state.get("look value", 0.0))
-        for number, (batch, rows, harmful) in enumerate(self.course.batches):
-            if number < int(state.get("looked", 0)) or (not harmful and not self.method.caution):
-                continue
+        left = [
+            number
+            for number, (_, _, harmful) in enumerate(self.course.batches)
+            if number >= int(state.get("looked", 0)) and (harmful or self.method.caution)
+        ]
+
+        def share(number: int) -> tuple[Tensor, float, dict[str, Tensor]]:
+            batch, rows, harmful = self.course.batches[number]
             slopes, scores = self.mover.slopes(batch, rows, masks)
             scores = scores.double().cpu()
             if harmful:
@@ -266,12 +271,21 @@ class Search:
             else:
                 weights = torch.full_like(scores, self.method.caution / self.course.n_harmless)
                 gained = scores * self.method.caution
+            gain = float(gained.sum()) / (self.course.n_harmful if harmful else self.course.n_harmless)
+            return (
+                scores,
+                gain,
+                {name: weights @ gradients.double().cpu() for name, gradients in slopes.items()},
+            )
+
+        for number, (scores, gain, slopes) in zip(left, ranks.shared(left, share), strict=True):
+            batch, _, harmful = self.course.batches[number]
             with self.stream.changing():
                 if harmful:
                     each[batch.indices] = scores
-                value += float(gained.sum()) / (self.course.n_harmful if harmful else self.course.n_harmless)
-                for name, gradients in slopes.items():
-                    slope.index_add_(0, self._places[name], weights @ gradients.double().cpu())
+                value += gain
+                for name, added in slopes.items():
+                    slope.index_add_(0, self._places[name], added)
                 self.stream.put("look", {"slope": slope.numpy(), "each": each.numpy()})
                 state |= {"looked": number + 1, "look value": value}
             self.stream.went_on()
@@ -393,8 +407,13 @@ def _mover(
 
 def share_turned(mover: Movable, contest: Course, masks: Mapping[str, Tensor]) -> float:
     """Share of the prompts where refusal is likelier than compliance, where the two part."""
-    odds = torch.cat([mover.slopes(batch, rows, masks)[1] for batch, rows, _ in contest.batches])
-    return float((odds > 0).double().mean())
+
+    def odds(number: int) -> Tensor:
+        batch, rows, _ = contest.batches[number]
+        return mover.slopes(batch, rows, masks)[1].cpu()
+
+    every = torch.cat(list(ranks.shared(range(len(contest.batches)), odds)))
+    return float((every > 0).double().mean())
 
 
 def _asked(told: Sequence[Sequence[ScoredRow]], aim: str) -> list[ScoredRow]:

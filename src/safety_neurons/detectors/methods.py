@@ -53,10 +53,6 @@ class Method(Searched):
     """Whether it is shown harmless prompts too."""
     GENERAL: ClassVar[Literal["none", "optional", "needed"]] = "none"
     """Whether it is shown general text too."""
-    ALONE: ClassVar[bool] = False
-    """Whether one of several processes scores while the others wait, because every step needs the last one's
-    numbers.
-    """
     COMPLETIONS: ClassVar[bool] = False
     """Whether completions can be given to it in place of those it would generate."""
     ROUTED: ClassVar[bool] = True
@@ -254,7 +250,7 @@ class Mask(Method, Sized):
     relaxation or penalty is tuned.
     """
 
-    NAME, PAIR, HARMLESS, ALONE, SCORER = "mask", True, "optional", True, "mask:score"
+    NAME, PAIR, HARMLESS, SCORER = "mask", True, "optional", "mask:score"
     PANEL: ClassVar[str | None] = None
     DEFAULT_TOP = 0.02
     DEFAULT_SITES = ("down",)

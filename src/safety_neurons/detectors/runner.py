@@ -18,7 +18,7 @@ from safety_neurons.detectors import methods
 from safety_neurons.detectors.methods import Method
 from safety_neurons.detectors.rules import Ranked
 from safety_neurons.errors import NumericalError, RunError, UnsupportedModelError, UsageError
-from safety_neurons.model import LanguageModel, as_prompts, check_pair, ranks
+from safety_neurons.model import LanguageModel, as_prompts, check_pair
 from safety_neurons.model.batches import (
     Batch,
     BatchSize,
@@ -504,10 +504,7 @@ def find(
     with contextlib.ExitStack() as modes:
         for model in models:
             modes.enter_context(evaluating(model.model))
-        if method.ALONE:
-            scored, run.notes = ranks.once(lambda: (method.score(run), run.notes))
-        else:
-            scored = method.score(run)
+        scored = method.score(run)
     found = _chosen(run, config, scored, subtract)
     if not other_texts:
         return found

@@ -251,7 +251,6 @@ def cost(
     batch_size: BatchSize = "auto",
     truncated: int = 0,
     hashed: int = 0,
-    tokenizers: int = 0,
     notes: Sequence[str] = (),
 ) -> CostEstimate:
     """The needs of a run that does these works one after the other.
@@ -264,7 +263,6 @@ def cost(
         batch_size: Rows of a batch, or `auto`.
         truncated: Prompts that do not fit the context.
         hashed: Bytes of weights that are read and hashed, each as often as it is.
-        tokenizers: Bytes of the tokenizers of all models in memory.
         notes: What makes a number less certain.
     """
     sizes = [_sizes(outline, work, batch_size) for work in works]
@@ -294,7 +292,7 @@ def cost(
         active_parameters=outline.active_parameters,
         neurons=outline.table.n_neurons,
         weights_bytes=weights,
-        tokenizer_bytes=tokenizers,
+        tokenizer_bytes=outline.tokenizer_bytes,
         probe_bytes=_probe_bytes(outline),
         activations_bytes=peak.activations,
         cache_bytes=peak.cache,

@@ -46,8 +46,8 @@ class Outline:
         prompt_folder: Folder of an organism's own prompts; None for every other model.
         held_bytes: Bytes of its weights where they are known from files or memory; 0 where the shapes tell.
         adapter_bytes: Bytes of its adapters' files.
-        tokenizer_bytes: What its tokenizer takes of the memory of a model on the processor; 0 where another
-            model of the run shares it, or nothing is known of it.
+        tokenizer_bytes: What tokenizers take of the memory of a model on the processor; of outlines of one
+            run, the first that shares a tokenizer has it. 0 where nothing is known of it.
         notes: One line for each thing that makes a number less certain.
     """
 
