@@ -218,7 +218,7 @@ def outlines(specs: Sequence[str | Path], **options: Any) -> tuple[list[Outline]
         ModelError: No folder, no configuration, or one of no known architecture. UsageError: As for `load`.
     """
     made: dict[Path, Outline] = {}
-    found = []
+    found: list[Outline] = []
     for spec in specs:
         (base, *adapters), read = without_weights(spec, **options)
         if base not in made:
