@@ -11,6 +11,7 @@ SafetyNeuronsError               exit code 1
 │   └── NumericalError           NaN or infinity where a number was needed
 ├── DecodeError                  a decoding mode an intervention cannot follow
 ├── RunError                     a run folder that is unwritable, damaged or of another configuration
+│   └── EndedError               another process of the same command has ended
 └── GateError                    a stated threshold was not met (exit code 3)
 """
 
@@ -99,6 +100,10 @@ class DecodeError(SafetyNeuronsError):
 
 class RunError(SafetyNeuronsError):
     """A run folder that is unwritable, damaged or belongs to another configuration."""
+
+
+class EndedError(RunError):
+    """Another process that does the same command has ended."""
 
 
 class GateError(SafetyNeuronsError):

@@ -87,6 +87,11 @@ class Streams:
 _OURS: list[Streams] = []
 
 
+def nested() -> bool:
+    """Whether this command is a part of another one."""
+    return bool(_OURS)
+
+
 def streams() -> Streams:
     """The streams for this package's own lines."""
     return _OURS[-1] if _OURS else Streams(sys.stdout, sys.stderr)

@@ -4,17 +4,18 @@ what ships.
 
 import dataclasses
 import pathlib
-import time
 from typing import Annotated, Any
 
 from safety_neurons.cli import console
-from safety_neurons.cli.session import ModelName, NeuronFile, Session, default_folder, listed
+from safety_neurons.cli.session import ModelName, NeuronFile, Session, listed
 from safety_neurons.cli.verb import verb
 from safety_neurons.declarations import Declaration, Flag, OneOf, Panel, Positional, Reads
 from safety_neurons.detectors.rules import Sized
 
 PUBLISHED_Z = 3.0
 """The z-score above which NeuroStrike takes a neuron."""
+FETCHED = "what was fetched is kept; the same command goes on"
+"""What an interruption leaves of files that are fetched."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,8 +54,7 @@ def attacks(session: Session, foreign: Foreign) -> dict[str, Any]:
         "attacks",
         [f"{part.name}: {note}" for part in read for note in part.notes],
     )
-    out = common.out or default_folder("import-attacks", time.strftime("%Y%m%d-%H%M%S"))
-    path = merged.save(pathlib.Path(out) / "attacks.jsonl")
+    path = merged.save(session.into("import-attacks") / "attacks.jsonl")
     counts = _counted(merged)
     if not session.quiet:
         rows = [
@@ -250,6 +250,7 @@ def verify(session: Session, checked: CheckedSuites) -> dict[str, Any]:
     from safety_neurons.suites import verify as look
 
     names = checked.suites or [entry["name"] for entry in catalogue()]
+    session.stays = FETCHED
     with session.status("verify") as report:
         checks = []
         for name in names:
@@ -304,7 +305,7 @@ def models(session: Session, chosen: PackagedModels) -> dict[str, Any]:
     """
     from safety_neurons.model.gguf import PACKAGED, packaged
 
-    folders = {}
+    folders, session.stays = {}, FETCHED
     with session.status("models") as report:
         for name in chosen.names or ():
             if report is not None:
@@ -352,7 +353,7 @@ def build(session: Session, built: Built) -> dict[str, Any]:
     from safety_neurons import organism
 
     common, name = session.common, built.name
-    out = common.out or default_folder(f"organism-{name}", time.strftime("%Y%m%d-%H%M%S"))
+    out = session.into(f"organism-{name}")
     with session.status(f"build {name}") as progress:
         built_organism = organism.build(name, seed=common.seed, out=out, progress=progress)
     if not session.quiet:
@@ -382,7 +383,7 @@ def requests(session: Session, halves: Halves) -> dict[str, Any]:
     """Write every labelled request of the organisms' languages into --out: unsafe.jsonl and safe.jsonl."""
     from safety_neurons.organism.language import write_requests
 
-    out = session.common.out or default_folder("organism-requests", time.strftime("%Y%m%d-%H%M%S"))
+    out = session.into("organism-requests")
     counts = write_requests(out, listed(halves.half) or (), listed(halves.language) or ())
     if not session.quiet:
         rows = [[name, count] for name, count in counts.items()]

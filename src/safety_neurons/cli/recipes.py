@@ -12,12 +12,11 @@ a step that needs a place which nobody filled is left out, and said to be.
 import dataclasses
 import pathlib
 import re
-import time
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from safety_neurons.cli import console
-from safety_neurons.cli.session import Common, Session, default_folder
+from safety_neurons.cli.session import Common, Session
 from safety_neurons.cli.verb import verb
 from safety_neurons.declarations import Declaration, Flag, Positional
 from safety_neurons.errors import InputError, UsageError
@@ -67,7 +66,8 @@ def run(session: Session, repeated: RepeatedFile) -> dict[str, Any]:
             )
         words, arguments = read(record, recipe)
         return _one(command_words(words, arguments, given, recipe, servers=servers), quiet=common.json)
-    out = pathlib.Path(given.pop("out", None) or default_folder(recipe.stem, time.strftime("%Y%m%d-%H%M%S")))
+    given.pop("out", None)
+    out = session.into(recipe.stem)
     plan = FilledRecipe.of(record, repeated, out)
     lines = {
         name: command_words(words, arguments, {**given, "out": out / name}, recipe, servers=servers)

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 from safety_neurons.cli import console
-from safety_neurons.cli.session import Common, OneModel, Session, default_folder
-from safety_neurons.cli.verb import verb
+from safety_neurons.cli.session import Common, OneModel, Session
+from safety_neurons.cli.verb import INTERRUPTED, verb
 from safety_neurons.declarations import Declaration, Positional
 from safety_neurons.errors import ModelError, RunError
 
@@ -28,9 +28,8 @@ def report(session: Session, reported: Reported) -> dict[str, Any]:
     """One self-contained HTML page from finished runs; --out names the file."""
     from safety_neurons.report import write_report
 
-    path = write_report(
-        reported.runs, session.common.out or pathlib.Path("report.html"), title=reported.title
-    )
+    path = session.writes(session.common.out or pathlib.Path("report.html"))
+    path = write_report(reported.runs, path, title=reported.title)
     if not session.quiet:
         console.say(("dim", "report "), str(path))
     return {"report": str(path)}
@@ -80,10 +79,7 @@ class Hurried(Declaration):
 @verb("demo")
 def tell_story(session: Session, hurried: Hurried) -> dict[str, Any]:
     """The whole story on a small organism; ends with the path of a report."""
-    common = session.common
-    return tell(
-        common, common.out or default_folder("demo", time.strftime("%Y%m%d-%H%M%S")), quick=hurried.quick
-    )
+    return tell(session.common, session.into("demo"), quick=hurried.quick)
 
 
 def demo(out: str | pathlib.Path = "runs/demo", *, quick: bool = False, seed: int = 0) -> pathlib.Path:
@@ -243,6 +239,8 @@ def call(words: list[str], common: Common, *, say: bool = True) -> None:
         except SystemExit as stop:
             if not stop.code:
                 return
+            if stop.code == INTERRUPTED:
+                raise KeyboardInterrupt from None
             message = (
                 (said_by.result or {}).get("error", "see the line above") if quiet else "see the line above"
             )

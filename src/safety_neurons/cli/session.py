@@ -237,6 +237,8 @@ def parse_object(option: str, text: str | None) -> dict[str, Any] | None:
 
 
 Result = dict[str, Any]
+NOTHING = "nothing was written"
+"""What an interrupted command leaves that has begun nothing."""
 
 
 class Session:
@@ -258,6 +260,10 @@ class Session:
         self.models: list[Any] = []
         self.device: str | None = None
         self.hashes: dict[str, str] = {}
+        self.stays = NOTHING
+        self._place: pathlib.Path | None = None
+        self._seen: int | None = None
+        self._keeps_run = False
 
     @functools.cached_property
     def folder(self) -> Any:
@@ -265,14 +271,39 @@ class Session:
         from safety_neurons.results import RunFolder
 
         inputs = inputs_of(self.options, self.reads, self.common)
+        self._keeps_run = True
 
         def opened(out: pathlib.Path) -> RunFolder:
+            self.writes(out)
             return RunFolder(out, self.verb, self.config, self.common.overwrite, inputs)
 
-        def out() -> pathlib.Path:
-            return self.common.out or default_folder(self.verb, time.strftime("%Y%m%d-%H%M%S"))
+        return processes.folder(opened, lambda: self.into(self.verb))
 
-        return processes.folder(opened, out)
+    def into(self, name: str) -> pathlib.Path:
+        """The folder that the command writes into: `--out`, or a new one of this name."""
+        return self.writes(self.common.out or default_folder(name, time.strftime("%Y%m%d-%H%M%S")))
+
+    def writes(self, place: pathlib.Path) -> pathlib.Path:
+        """Remember the file or folder that the command writes."""
+        self._place, self._seen = place, _changed_at(place)
+        return place
+
+    def left(self) -> str:
+        """What there is of an interrupted command: nothing, or where it lies and how it goes on."""
+        if self._place is None:
+            return self.stays
+        from safety_neurons.results.run import RECORD, read_json
+
+        place, named = self._place, processes.place_of(self._place)
+        runs = [*place.glob(RECORD if self._keeps_run else f"*/{RECORD}")]
+        goes_on = f"nothing finished is lost; the same command with --out {named} continues"
+        if named != str(place):  # Rank 0 knows better.
+            return goes_on
+        if not runs:
+            changed = not self._keeps_run and _changed_at(place) != self._seen
+            return f"what was written is in {named}" if changed else self.stays
+        finished = self._keeps_run and read_json(runs[0])["status"] == "finished"
+        return f"the run is finished, and whole in {named}" if finished else goes_on
 
     @property
     def quiet(self) -> bool:
@@ -324,24 +355,17 @@ class Session:
         """
         try:
             result = work()
-        except KeyboardInterrupt:
-            processes.ending()
-            self.folder.abandon()
-            place = processes.place_of(self.folder.folder)
-            raise KeyboardInterrupt(
-                f"nothing finished is lost; the same command with --out {place} continues"
-            ) from None
+            of_models = [note for model in self.models for note in model.notes]
+            self.folder.finish(
+                result,
+                notes=list(dict.fromkeys([*self.folder.notes, *of_models, *self.notes])),
+                device=self.device,
+                hashes=self.hashes,
+            )
         except BaseException:
             processes.ending()
             self.folder.abandon()
             raise
-        of_models = [note for model in self.models for note in model.notes]
-        self.folder.finish(
-            result,
-            notes=list(dict.fromkeys([*self.folder.notes, *of_models, *self.notes])),
-            device=self.device,
-            hashes=self.hashes,
-        )
 
     def foresee(self) -> None:
         """Read the files the options name, so that a wrong one is found before a model is loaded.
@@ -545,6 +569,10 @@ class Session:
             "merge_adapters": common.merge_adapters,
             "trust_remote_code": common.trust_remote_code,
         }
+
+
+def _changed_at(place: pathlib.Path) -> int | None:
+    return place.stat().st_mtime_ns if place.exists() else None
 
 
 def _configuration(parts: Sequence[Declaration]) -> dict[str, Any]:

@@ -17,13 +17,15 @@ from typer.main import get_command
 
 from safety_neurons import __version__
 from safety_neurons.cli import console, processes
-from safety_neurons.cli.session import Common, Session
+from safety_neurons.cli.session import NOTHING, Common, Session
 from safety_neurons.declarations import Declaration, Option
-from safety_neurons.errors import SafetyNeuronsError, command_line
+from safety_neurons.errors import EndedError, SafetyNeuronsError, command_line
 
 SETTINGS = {"max_content_width": 110}
 """Context settings of the command line: pages may be wider than click's 80 columns."""
 REST = "Options"
+INTERRUPTED = 128 + signal.SIGINT
+"""Exit code."""
 
 
 class Page(TyperCommand):
@@ -206,6 +208,8 @@ def command_of(
     assert not twice, f"{run} declares {', '.join(sorted(twice))} twice"
 
     def command(**given: Any) -> None:
+        begun: list[Session] = []
+
         def call() -> dict[str, Any] | None:
             parts = {
                 key: kind(**{one.name: given[one.name] for one in kind.options()})
@@ -217,11 +221,15 @@ def command_of(
             assert isinstance(common, Common)
             processes.meet(words, common.device_map)
             session = Session(run, common, list(parts.values()))
+            begun.append(session)
             if common.dry_run and run != "run":  # which passes it on to the verb that it repeats
                 return importlib.import_module("safety_neurons.cli.plans").plan(session)
             return function(session, **parts)
 
-        run_guarded(call, as_json=given["json"], debug=given["debug"])
+        def left() -> str:
+            return begun[0].left() if begun else NOTHING
+
+        run_guarded(call, left, as_json=given["json"], debug=given["debug"])
 
     # Options that have to be given come first: Python wants those without a default ahead of the others.
     options.sort(key=lambda one: one.default is not dataclasses.MISSING)
@@ -247,13 +255,28 @@ def _parameter(option: Option) -> inspect.Parameter:
     )
 
 
-def run_guarded(call: Callable[[], dict[str, Any] | None], *, as_json: bool, debug: bool) -> None:
-    """Run a verb; turn every failure into one line and an exit code."""
+class Interrupted(BaseException):
+    """A command inside a command was interrupted; the message says what it left."""
+
+
+def run_guarded(
+    call: Callable[[], dict[str, Any] | None], left: Callable[[], str], *, as_json: bool, debug: bool
+) -> None:
+    """Run a verb; turn every failure into one line and an exit code.
+
+    Args:
+        call: runs it.
+        left: says what there is of it after an interruption.
+        as_json: whether a failure is one JSON object.
+        debug: whether its traceback is shown.
+    """
     with command_line():
-        _run_guarded(call, as_json=as_json, debug=debug)
+        _run_guarded(call, left, as_json=as_json, debug=debug)
 
 
-def _run_guarded(call: Callable[[], dict[str, Any] | None], *, as_json: bool, debug: bool) -> None:
+def _run_guarded(
+    call: Callable[[], dict[str, Any] | None], left: Callable[[], str], *, as_json: bool, debug: bool
+) -> None:
     try:
         with console.ours(debug=debug):
             result = call()
@@ -262,13 +285,20 @@ def _run_guarded(call: Callable[[], dict[str, Any] | None], *, as_json: bool, de
             if as_json and result is not None:
                 stream.write(console.json_line(result))
             stream.flush()
+    except EndedError as error:
+        fail(f"{error}: {left()}", error.exit_code, error, as_json=as_json, debug=debug)
     except SafetyNeuronsError as error:
         fail(str(error), error.exit_code, error, as_json=as_json, debug=debug)
-    except KeyboardInterrupt as error:
+    except (KeyboardInterrupt, Interrupted) as error:
+        processes.ending()
+        said = left()
+        if console.nested():  # The command around it says what is true of the whole.
+            raise Interrupted(said) from None
+        if said == NOTHING and isinstance(error, Interrupted):
+            said = str(error)
         gone = processes.gone()
-        why = "interrupted" if gone is None else f"{gone} has ended"
-        message = f"{why}: {str(error) or 'nothing finished is lost'}"
-        fail(message, 1 if gone else 128 + signal.SIGINT, error, as_json=as_json, debug=debug)
+        message = f"{'interrupted' if gone is None else f'{gone} has ended'}: {said}"
+        fail(message, 1 if gone else INTERRUPTED, error, as_json=as_json, debug=debug)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), console.streams().out.fileno())
         raise SystemExit(1) from None
@@ -378,10 +408,17 @@ def run() -> None:
     """Run the command line on the words it was given; what cannot be parsed is one line and exit code 2."""
     words = sys.argv[1:]
     processes.hush()
+    as_json, debug = "--json" in words, "--debug" in words
     try:
         code = build()(words, prog_name="safety-neurons", standalone_mode=False)
+        if code == INTERRUPTED:  # While the command was read: nothing of ours was at work.
+            raise KeyboardInterrupt
+    except KeyboardInterrupt as error:
+        fail(f"interrupted: {NOTHING}", INTERRUPTED, error, as_json=as_json, debug=debug)
     except Exception as caught:
         error: Any = caught
+        if type(error).__name__ == "Abort":  # What some versions make of an interruption.
+            fail(f"interrupted: {NOTHING}", INTERRUPTED, error, as_json=as_json, debug=debug)
         if not is_usage(error):
             raise
         if type(error).__name__ == "NoArgsIsHelpError":
@@ -390,5 +427,5 @@ def run() -> None:
             raise SystemExit(2) from None
         help_of = getattr(getattr(error, "ctx", None), "command_path", "safety-neurons")
         message = f"{error.format_message().rstrip('.')}; see `{help_of} --help`"
-        fail(message, error.exit_code, error, as_json="--json" in words, debug="--debug" in words)
+        fail(message, error.exit_code, error, as_json=as_json, debug=debug)
     raise SystemExit(code if isinstance(code, int) else 0)

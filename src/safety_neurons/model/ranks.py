@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed
 
-from safety_neurons.errors import RunError, SafetyNeuronsError, UsageError
+from safety_neurons.errors import EndedError, RunError, SafetyNeuronsError, UsageError
 
 T = TypeVar("T")
 PATIENCE = 60.0
@@ -251,10 +251,7 @@ def _exchanged(value: Any, what: str) -> list[Any]:
         job.waits.join(_HEARD)
     if problem:
         ended = gone() or f"another process ({' '.join(str(problem[0]).split())[:120]})"
-        raise RunError(
-            f"{ended} has ended; nothing finished is lost: the same command goes on from it, with any number "
-            "of processes"
-        )
+        raise EndedError(f"{ended} has ended")
     here = (job.step, what)
     elsewhere = next(((step, text) for step, text, _ in received if (step, text) != here), None)
     if elsewhere is not None:
