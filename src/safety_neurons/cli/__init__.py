@@ -5,16 +5,17 @@ __all__ = ["main"]
 
 def main() -> None:
     """Run the command line and exit with 0 (done), 1 (failed), 2 (bad usage) or 3 (gate not met)."""
-    import json
-    import sys
-
     try:
         from safety_neurons.cli.verb import run
-    except KeyboardInterrupt:  # Nothing that could say it is there yet.
-        line = "interrupted: nothing was written"
+    except KeyboardInterrupt:  # What says so otherwise is not there yet.
+        import sys
+
+        from safety_neurons.cli import console
+
+        line, code = "interrupted: nothing was written", 130
         if "--json" in sys.argv:
-            sys.stdout.write(f"{json.dumps({'error': line, 'exit_code': 130})}\n")
+            console.streams().out.write(console.json_line({"error": line, "exit_code": code}))
         else:
-            sys.stderr.write(f"safety-neurons: {line}\n")
-        raise SystemExit(130) from None
+            console.tell(f"safety-neurons: {line}\n")
+        raise SystemExit(code) from None
     run()
