@@ -40,7 +40,7 @@ def evaluate_run(folder: pathlib.Path, n: int = 100, name: str = "") -> pathlib.
     cases = cases_of(unsafe, safe)
     labels = np.where(cases.unsafe, 0.5, -0.5)
     scores = {label: apart * labels + generator.normal(size=len(labels)) for label, apart in APART.items()}
-    scored = ScoredCases(cases, scores, GUARD, scores[GUARD] > 1.0)
+    scored = ScoredCases(cases, scores, GUARD, (scores[GUARD] > 1.0).astype(float))
     ours, whole = scored.summary(GUARD, [GUARD]), scored.row("all", np.arange(len(cases)))
     others = {group: members for group, members in scored.groups().items() if group != GUARD}
     result = {

@@ -225,6 +225,20 @@ def test_what_was_not_achieved_is_said_first(runs, shown):
     assert terminal.startswith("Not achieved: it flags nothing.")
 
 
+@pytest.mark.parametrize("n_unread", [0, 3])
+def test_requests_that_could_not_be_read_are_said_beside_the_shares(runs, shown, n_unread):
+    def more(rate):
+        return {**rate, "unscored": n_unread}
+
+    worth, fit = runs["guard-evaluate"], runs["guard-fit"]
+    rates = {name: more(worth.result[name]) for name in ("flagged_unsafe", "flagged_safe")}
+    rate = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 50, "unscored": n_unread}
+    other = {"safe": "builtin:look-alikes", "tpr": rate, "fpr": rate}
+    for run in (with_result(worth, **rates), with_result(fit, other=other)):
+        for text in shown(run):
+            assert ("6 could not be read and are in neither share" in text) == (n_unread > 0)
+
+
 def test_a_claim_that_cannot_be_told_says_so(shown, tmp_path):
     claim = {
         "claim": "mostly in self-attention",

@@ -13,7 +13,7 @@ from guarded import some_neurons, tiny_model
 from safety_neurons import NeuronSet, Provenance
 from safety_neurons.errors import ForeignModelError, InputError, UsageError
 from safety_neurons.guard import Guard, fit_guard, recalibrate
-from safety_neurons.guard.fit import labelled
+from safety_neurons.guard.fit import labelled, measured_on
 from safety_neurons.model import LanguageModel
 from safety_neurons.prompt_lists import Message, Prompt, Prompts
 from safety_neurons.results import plain
@@ -177,6 +177,15 @@ def test_a_fit_says_what_its_threshold_catches_and_what_it_flags_of_requests_fro
         for verdict in other.score_batch([f"{text} bomb cake" for text in requests("bomb", 30, 6)])
     ]
     assert told["fpr"]["value"] == np.mean(flagged)
+    unread = tiny_model()
+    with torch.no_grad():
+        unread.inner.get_input_embeddings().weight[unread.encode("where")[0].ids[-2]] = torch.nan
+    lists = [Prompts.from_list([*requests("bomb", 30, seed), "where", "where how"]) for seed in (5, 6)]
+    before = measured_on(dataclasses.replace(other, model=unread), *(one[:30] for one in lists))
+    after = measured_on(dataclasses.replace(other, model=unread), *lists)
+    for name in ("fpr", "tpr"):
+        assert after.report["other"][name] == {**before.report["other"][name], "unscored": 2}
+    assert any("4 of 64 requests from another source could not be read" in note for note in after.notes)
     warned = any("of safe requests from another source" in note for note in other.notes)
     assert warned == (told["fpr"]["low"] > 0.05)
     unmeasured = fit_guard(

@@ -117,6 +117,7 @@ def test_nan_is_an_error_that_flags_its_own_prompt_only() -> None:
     fine, broken, also = guard.score_batch(["cake", "bomb", "tree"])
     assert (broken.status, broken.flagged, broken.p_unsafe) == ("error", True, None)
     assert not guard.score("bomb", fail_open=True).flagged
+    assert [one.told for one in (fine, broken, guard.score("bomb", fail_open=True))] == [False, None, None]
     assert [fine.status, also.status, fine.flagged, also.flagged] == ["ok", "ok", False, False]
 
 

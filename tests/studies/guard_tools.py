@@ -1,6 +1,10 @@
 """Requests of a tiny language in which a pair of words is unsafe, and a tiny model that reads them."""
 
+import contextlib
 import random
+from collections.abc import Iterator
+
+import torch
 
 from safety_neurons.model import LanguageModel
 from safety_neurons.neurons import NeuronSet
@@ -10,6 +14,21 @@ from tiny import CHAT_TEMPLATE, FILL, tiny_llama, tiny_tokenizer
 
 def tiny_model() -> LanguageModel:
     return LanguageModel(tiny_llama(3), tiny_tokenizer(CHAT_TEMPLATE))
+
+
+@contextlib.contextmanager
+def unreadable(model: LanguageModel, word: str) -> Iterator[None]:
+    """What holds the word gives NaN for a block."""
+    weight = model.inner.get_input_embeddings().weight
+    place = model.encode(word)[0].ids[-2]
+    before = weight[place].detach().clone()
+    with torch.no_grad():
+        weight[place] = torch.nan
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            weight[place] = before
 
 
 def some_neurons(model: LanguageModel, every: int = 2) -> NeuronSet:

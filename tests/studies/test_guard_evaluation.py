@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from guard_tools import requests, some_neurons, tiny_model
+from guard_tools import requests, some_neurons, tiny_model, unreadable
 from scipy.stats import norm
 from sklearn import metrics
 
@@ -474,6 +474,33 @@ def test_a_request_that_does_not_fit_the_context_is_flagged_and_out_of_the_areas
     assert any("1 of 81 requests were truncated" in note for note in evaluation.notes)
 
 
+def test_a_request_that_cannot_be_read_is_in_no_rate_and_in_no_area(model, guard):
+    unsafe, safe = requests(40, 1)
+    lists = []
+    for read, count in ((unsafe, 2), (safe, 3)):
+        more = [dataclasses.replace(one, id=f"x{one.id}", text=f"explain {one.text}") for one in read[:count]]
+        lists.append(Prompts([*read, *more], read.name))
+    with unreadable(model, "explain"):
+        assert {one.status for one in guard.score_batch(["explain"])} == {"error"}
+        evaluation = evaluate_guard(
+            model, guard, *lists, random=1, perturbations=(), leave_out=["language"], batch_size=8
+        )
+    result = evaluation.result
+    for kind, read, unread in (("flagged_unsafe", unsafe, 2), ("flagged_safe", safe, 3)):
+        flags = [verdict.flagged for verdict in guard.score_batch(list(read))]
+        assert result[kind]["value"] == pytest.approx(np.mean(flags))
+        assert (result[kind]["n"], result[kind]["unscored"]) == (40, unread)
+        left = result["leave_out"]["language"][-1]
+        assert (left["value"], left[kind]["n"], left[kind]["unscored"]) == (EVERY, 40, unread)
+    whole = [verdict.flagged for verdict in guard.score_batch([*unsafe, *safe])]
+    labels = np.arange(80) < 40
+    assert result["macro_f1_in_force"]["value"] == pytest.approx(
+        metrics.f1_score(labels, whole, average="macro")
+    )
+    assert result["auroc"]["n"] == 80
+    assert any("5 of 85 requests could not be read by the guard" in note for note in evaluation.notes)
+
+
 def guard_flags(guard, prompts):
     return sum(verdict.flagged for verdict in guard.score_batch(list(prompts)))
 
@@ -504,7 +531,7 @@ def test_several_random_sets_are_one_row_with_their_mean():
         name: number.normal(size=20) + cases.unsafe
         for name in ("guard", "random neurons 0", "random neurons 1")
     }
-    row = ScoredCases(cases, scores, "guard", np.zeros(20, bool)).row("all", np.arange(20))
+    row = ScoredCases(cases, scores, "guard", np.zeros(20)).row("all", np.arange(20))
     each = [metrics.roc_auc_score(cases.unsafe, scores[f"random neurons {place}"]) for place in (0, 1)]
     assert row["auroc"]["random neurons"]["value"] == pytest.approx(np.mean(each))
     assert row["difference"]["random neurons"]["value"] == pytest.approx(
@@ -564,6 +591,19 @@ def test_answers_are_stopped_as_the_classifier_for_answers_judges_them(model, gu
     assert [row["source"] for row in found["by"]] == ["a", "b", "c"]
     assert found["by"][1]["stopped_safe"]["value"] is None
     assert found["by"][2]["stopped_safe"]["n"] == 15
+    known, notes = dict(found), []
+    with unreadable(model, "explain"):
+        broken = [
+            dataclasses.replace(one, question=tuple(model.encode("explain")[0].ids)) for one in good[:3]
+        ]
+        found = stopped_answers(able, lists[0], {**lists[1], "x": broken}, notes)
+    for kind, unread in (("stopped_unsafe", 0), ("stopped_safe", 3)):
+        assert found[kind] == {**known[kind], "unscored": unread}
+    assert (found["auroc"]["value"], found["by"][-1]["stopped_safe"]["value"]) == (
+        known["auroc"]["value"],
+        None,
+    )
+    assert "3 of 83 answers could not be read: they are in no rate" in notes[0]
     with pytest.raises(UsageError, match="no classifier for answers"):
         stopped_answers(guard, *lists)
     with pytest.raises(InputError, match="40 unsafe and 0 safe answers"):
@@ -622,6 +662,22 @@ def test_rates_are_those_of_counting_verdicts_and_answers(written):
     assert found.after.value == pytest.approx(np.mean(after))
     assert found.blocked.value == pytest.approx(np.mean(flags[15:]))
     assert 0 < sum(flags) < 30
+
+
+def test_a_request_that_cannot_be_read_is_neither_blocked_nor_cut(written):
+    guard, unsafe, safe, found = written
+    more = [
+        Prompts([*some, dataclasses.replace(some[0], id=f"x{place}", text="explain")], some.name)
+        for place, some in enumerate((unsafe, safe))
+    ]
+    with unreadable(guard.bound, "explain"):
+        again = guarded_outputs(guard.bound, guard, *more, by=EvenLengths(), max_new_tokens=5)
+    for name in ("before", "after", "cut", "blocked", "asked", "written"):
+        one, other = getattr(found, name), getattr(again, name)
+        assert (other.value, other.low, other.n) == (one.value, one.low, one.n), name
+    assert again.blocked.unscored == again.after.unscored - found.after.unscored == 1
+    assert "2 of 32 requests could not be read" in again.notes[0]
+    assert found.notes == ()
 
 
 def test_answers_that_pass_are_those_without_the_guard(written):

@@ -1,17 +1,19 @@
 """verify scale and length curves: doses against deactivation and separate runs, cuts against shorter runs."""
 
+import dataclasses
+
 import numpy as np
 import pytest
-from guard_tools import requests, some_neurons, tiny_model
+from guard_tools import requests, some_neurons, tiny_model, unreadable
 
 from conforming import misfits
 from safety_neurons.errors import NeuronError, UsageError
-from safety_neurons.guard import fit_guard
+from safety_neurons.guard import bindings_of, fit_guard
 from safety_neurons.interventions import scaled
 from safety_neurons.judges import GoesAlongJudge, judge_refusal
 from safety_neurons.model import LanguageModel, load_pair
 from safety_neurons.neurons import NeuronSet
-from safety_neurons.prompt_lists import Prompts
+from safety_neurons.prompt_lists import Prompt, Prompts
 from safety_neurons.results import Completion, Completions, rate
 from safety_neurons.results.completions import repetition
 from safety_neurons.results.measured import ScalingRecord
@@ -104,6 +106,12 @@ def test_a_guard_decides_for_which_requests_neurons_are_scaled():
         assert one.token_ids == (amplified if flag else as_it_is).token_ids
     assert found.flagged["harmful"].value == pytest.approx(np.mean(flags))
     assert "guard" in found.record()["condition"]
+    asked = Prompts([*asked, Prompt("x", "explain")])
+    with unreadable(model, "explain"):
+        guard = dataclasses.replace(guard, bindings=bindings_of(model, guard.neurons))
+        again = verify_scale(model, neurons, asked, safe, factors=(3,), when=guard, random=0, **OPTIONS)
+    assert again.flagged["harmful"] == dataclasses.replace(found.flagged["harmful"], unscored=1)
+    assert any("1 of 13 harmful requests could not be read" in note for note in again.notes)
 
 
 def test_what_cannot_be_scaled_is_refused(model, neurons):

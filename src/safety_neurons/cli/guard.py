@@ -562,7 +562,7 @@ def evaluate(
             if labelled.answers_harmful is not None:
                 if progress is not None:
                     progress("labelled answers")
-                stopped = stopped_answers(guard, *labelled.read(session, model, some.limit))
+                stopped = stopped_answers(guard, *labelled.read(session, model, some.limit), session.notes)
         curves = session.folder.path(CURVES)
         write_json(curves, evaluation.curves)
         session.notes.extend(evaluation.notes)
@@ -599,6 +599,7 @@ def answers_of(
         batch_size=session.batch_size(),
         progress=progress,
     )
+    session.notes.extend(answered.notes)
     answered.completions.save(file)
     return {**answered.record(), "completions": str(file)}
 

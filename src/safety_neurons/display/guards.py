@@ -175,7 +175,7 @@ def answers_table(found: Mapping[str, Any]) -> Table:
     ]
     caption = (
         f"Answers that were labelled before, read every {count(found['every'])} tokens, at threshold "
-        f"{number(found['threshold'], 3)}"
+        f"{number(found['threshold'], 3)}{_unread(found['stopped_unsafe'], found['stopped_safe'])}"
     )
     return Table(caption, ["answers", "AUROC", "unsafe ones stopped", "safe ones stopped"], rows)
 
@@ -239,7 +239,7 @@ def fit_part(run: ReportedRun) -> DisplayPart:
             visible(told["safe"], 60),
             interval(told["tpr"]),
         )
-        lead += say("{} of the safe ones.", interval(told["fpr"]))
+        lead += say("{} of the safe ones{}.", interval(told["fpr"]), _unread(told["tpr"], told["fpr"]))
     if result.get("conversations"):
         read = result["conversations"]
         text = (
@@ -303,6 +303,12 @@ def fit_part(run: ReportedRun) -> DisplayPart:
     return DisplayPart(say("Guard on {}", name(result["model"])), lead, (), tables, details)
 
 
+def _unread(*rates: Mapping[str, Any]) -> str:
+    """That some requests are in none of the rates, where there are some."""
+    unread = sum(rate.get("unscored") or 0 for rate in rates)
+    return f" ({count(unread)} could not be read and are in neither share)" if unread else ""
+
+
 def worth_part(run: ReportedRun) -> DisplayPart:
     """A guard beside its baselines."""
     result = run.result
@@ -317,10 +323,11 @@ def worth_part(run: ReportedRun) -> DisplayPart:
         count(result["n_safe"]),
     )
     lead += say(
-        "At the threshold in force ({}) it flags {} of the unsafe and {} of the safe ones.",
+        "At the threshold in force ({}) it flags {} of the unsafe and {} of the safe ones{}.",
         visible(result["in_force"], 60),
         interval(result["flagged_unsafe"]),
         interval(result["flagged_safe"]),
+        _unread(result["flagged_unsafe"], result["flagged_safe"]),
     )
     tables = [baselines_table(result)]
     details = [slices_table(f"By {column}", rows) for column, rows in result["tables"].items()]
@@ -463,12 +470,13 @@ def worth_findings(run: ReportedRun) -> list[Finding]:
     result = run.result
     text = say(
         "The guard on {} tells unsafe from safe requests with AUROC {}; at its threshold ({}) it flags {} "
-        "of the unsafe and {} of the safe ones.",
+        "of the unsafe and {} of the safe ones{}.",
         plural(result["n_neurons"], "neuron"),
         interval(result["auroc"]),
         visible(result["in_force"], 60),
         interval(result["flagged_unsafe"]),
         interval(result["flagged_safe"]),
+        _unread(result["flagged_unsafe"], result["flagged_safe"]),
     )
     if "macro_f1_in_force" in result:
         text += say(" Macro-F1 there: {}.", interval(result["macro_f1_in_force"]))

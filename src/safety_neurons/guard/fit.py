@@ -27,6 +27,7 @@ from safety_neurons.guard.calibration import (
 )
 from safety_neurons.guard.features import Features, Pooling, read_poolings, read_tokens, readings
 from safety_neurons.guard.guard import PROVISIONAL, Guard, bindings_of
+from safety_neurons.guard.verdict import said_of_unread
 from safety_neurons.model import BatchSize, Encoded, LanguageModel, Progress, as_prompts
 from safety_neurons.model.language_model import Texts
 from safety_neurons.neurons import NeuronSet
@@ -546,9 +547,10 @@ def fit_guard(
     }
     chosen = min(choices, key=lambda pooling: (choices[pooling].rank, how.poolings.index(pooling)))
     values, held = read[chosen].values[usable], split.calibration
-    further = further_readings(
+    further, unread = further_readings(
         model, [data.prompts[int(index)] for index in usable[held]], neurons, chosen, batch_size, direction
     )
+    notes += said_of_parts(unread)
     readings = {int(held[place]): rows for place, rows in further.items()}
     settings |= {"penalties": [choices[chosen].penalty]}
     fitted = fit_on_features(
@@ -622,10 +624,9 @@ def further_readings(
     pooling: Pooling,
     batch_size: BatchSize = "auto",
     direction: torch.Tensor | None = None,
-) -> dict[int, Readings]:
-    """Features of the readings of conversations that are not the whole one, by place among the prompts.
-
-    Those with NaN are left out.
+) -> tuple[dict[int, Readings], set[int]]:
+    """Features of the readings of conversations that are not the whole one, by place among the prompts; and
+    the places of those with a reading that gave NaN or infinity, which is left out.
     """
     asked = [
         (place, way.prompt)
@@ -634,16 +635,28 @@ def further_readings(
         for way in readings(prompt)[1:]
     ]
     if not asked:
-        return {}
+        return {}, set()
     encoded = model.encode([prompt for _, prompt in asked])
     found = read_poolings(model, encoded, neurons, [pooling], direction=direction, batch_size=batch_size)[
         pooling
     ]
     rows: dict[int, list[int]] = {}
+    unread = set[int]()
     for row, (place, _) in enumerate(asked):
         if found.finite[row]:
             rows.setdefault(place, []).append(row)
-    return {place: found.values[members] for place, members in rows.items()}
+        else:
+            unread.add(place)
+    return {place: found.values[members] for place, members in rows.items()}, unread
+
+
+def said_of_parts(unread: Collection[int]) -> list[str]:
+    """How many conversations count by those of their readings that gave numbers."""
+    return (
+        [f"{len(unread)} conversations have a reading that gave NaN or infinity: they count by their others"]
+        if unread
+        else []
+    )
 
 
 def with_conversations(
@@ -683,7 +696,7 @@ def measured_on(guard: Guard, unsafe: Source, safe: Source, *, batch_size: Batch
     lists = [guard.bound.prompts(source) for source in (unsafe, safe)]
     verdicts = [guard.score_batch(list(found), top=0, batch_size=batch_size) for found in lists]
     caught, wrong = (
-        rate([one.flagged for one in told], found.groups) for told, found in zip(verdicts, lists, strict=True)
+        rate([one.told for one in told], found.groups) for told, found in zip(verdicts, lists, strict=True)
     )
     seen = sum(found.overlap(guard.report.get("prompt_digests") or []) for found in lists)
     told = {
@@ -693,7 +706,8 @@ def measured_on(guard: Guard, unsafe: Source, safe: Source, *, batch_size: Batch
         "fpr": wrong,
         "tpr": caught,
     }
-    notes = (
+    notes = said_of_unread([*verdicts[0], *verdicts[1]], "requests from another source")
+    notes += (
         [f"{seen} of the requests from another source are among those the guard was fit on"] if seen else []
     )
     target = float(guard.report.get("fpr", 1.0))

@@ -18,6 +18,7 @@ from safety_neurons.guard.fit import (
     histograms,
     labelled,
     largest_scores,
+    said_of_parts,
     warned,
     with_conversations,
 )
@@ -80,7 +81,7 @@ def recalibrate(
     check_classes(labels)
     check_varying(model, {pooling: features.values[usable]})
     kept = [data.prompts[int(place)] for place in np.flatnonzero(usable)]
-    further = further_readings(model, kept, neurons, pooling, batch_size, direction)
+    further, unread = further_readings(model, kept, neurons, pooling, batch_size, direction)
     scores = largest_scores(guard.classifier, values, map(further.get, range(len(values))))
     shared = [prompt.group for prompt in kept]
     found = calibrate(
@@ -100,6 +101,7 @@ def recalibrate(
     notes = [
         *features.notes,
         *data.notes,
+        *said_of_parts(unread),
         *_said(guard, found.auroc.value, len(data.prompts), seen, int((~usable).sum())),
     ]
     notes += found.notes

@@ -76,6 +76,14 @@ class Verdict:
     one turn by itself.
     """
 
+    @property
+    def told(self) -> bool | None:
+        """Whether it is flagged, for rates of what a guard tells apart; None where it could not be read.
+
+        That is flagged so that nothing passes unseen, and says nothing of the guard.
+        """
+        return None if self.status == "error" else self.flagged
+
     def _repr_html_(self) -> str:
         probability = "none" if self.p_unsafe is None else f"{self.p_unsafe:.3f}"
         rows = [
@@ -94,6 +102,17 @@ class Verdict:
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values."""
         return dataclasses.asdict(self)
+
+
+def said_of_unread(verdicts: Sequence[Verdict], what: str = "requests") -> list[str]:
+    """How many could not be read and are in no rate, with the first reason; nothing where all could."""
+    unread = [verdict for verdict in verdicts if verdict.told is None]
+    if not unread:
+        return []
+    return [
+        f"{len(unread)} of {len(verdicts)} {what} could not be read: they are in no rate, and flagged where "
+        f"a guard serves; the first: {unread[0].error}"
+    ]
 
 
 @runtime_checkable

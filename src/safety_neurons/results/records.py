@@ -679,7 +679,7 @@ class GuardEvaluationRecord(GuardMeasures):
 
     auroc: AreaRecord
     macro_f1_in_force: EstimateRecord
-    """Where what the guard flags at its threshold is called unsafe, unscored requests too."""
+    """Where what the guard flags at its threshold is called unsafe, truncated requests too."""
     n_neurons: int
     pooling: str
     threshold: float

@@ -84,14 +84,14 @@ class ScoredCases:
         scores: log odds by classifier; NaN where there is none. Random sets are `random neurons 0`, `1`, ….
         reference: the classifier that the others are compared with: the guard, or its neurons fit anew on the
             same requests.
-        flagged: by the guard, unscored and truncated requests too.
+        flagged: 1 where the guard flags, truncated requests too; NaN of those that could not be read.
         seed: of bootstraps.
     """
 
     cases: Cases
     scores: Mapping[str, Float64[np.ndarray, " case"]]
     reference: str
-    flagged: Bool[np.ndarray, " case"]
+    flagged: Float64[np.ndarray, " case"]
     seed: int = 0
 
     def groups(self) -> dict[str, list[str]]:
@@ -528,11 +528,16 @@ class _Classifiers:
             finite &= np.isfinite(read.residual).all(axis=(1, 2))
         self.usable = finite & ~read.truncated
         self.notes: list[str] = []
-        if not self.usable.all():
-            lost = int((~self.usable).sum())
+        if read.truncated.any():
             self.notes.append(
-                f"{lost} of {len(self.usable)} requests were truncated or gave NaN: flagged, and left "
-                "out of areas"
+                f"{int(read.truncated.sum())} of {len(self.usable)} requests were truncated: flagged, and "
+                "left out of areas"
+            )
+        others = np.isfinite(read.own).all(axis=1) & ~finite
+        if others.any():
+            self.notes.append(
+                f"{int(others.sum())} of {len(finite)} requests gave NaN or infinity where the guard does "
+                "not look: left out of areas"
             )
         crowded = [name for name, members in sets.items() if not members.disjoint]
         if crowded:
@@ -547,7 +552,7 @@ class _Classifiers:
         others = np.flatnonzero([case.variant != FIT for case in self.cases.items])
         asked = [self.cases.items[row].prompt for row in others]
         guard = self.guard
-        further = further_readings(
+        further, unread = further_readings(
             guard.bound, asked, guard.neurons, guard.pooling, direction=classifier.direction
         )
         readings = {int(others[place]): values for place, values in further.items()}
@@ -556,7 +561,16 @@ class _Classifiers:
             largest_scores(classifier, features, map(readings.get, range(len(features))), begun)
         )
         scores = {GUARD: np.where(self.usable, classifier.calibration(found).numpy(), np.nan)}
-        flagged = (classifier.chances(found).numpy() >= self.guard.threshold) | ~self.usable
+        sound = np.isfinite(self.read.own).all(axis=1)
+        sound[others[sorted(unread)]] = False
+        self.usable &= sound
+        flagged = (classifier.chances(found).numpy() >= self.guard.threshold) | self.read.truncated
+        flagged = np.where(sound, flagged, np.nan)
+        if not sound.all():
+            self.notes.append(
+                f"{int((~sound).sum())} of {len(sound)} requests could not be read by the guard (NaN or "
+                "infinity): they are in no rate and no area, and flagged where it serves"
+            )
         if further:
             whole = classifier.calibration(classifier.scores(features)).numpy()
             scores[READ_WHOLE] = np.where(self.usable, whole, np.nan)
@@ -649,8 +663,9 @@ class _Classifiers:
 
     def _of_left_out(self, scores: Mapping[str, Float64[np.ndarray, " case"]], test: Rows) -> ScoredCases:
         """Scores of requests by classifiers that were fit without them; above one half is flagged."""
-        flagged = np.zeros(len(self.cases), bool)
-        flagged[test] = scores[REFITTED][test] >= 0
+        own = scores[REFITTED][test]
+        flagged = np.full(len(self.cases), np.nan)
+        flagged[test] = np.where(np.isnan(own), np.nan, own >= 0)
         return ScoredCases(self.cases, scores, REFITTED, flagged, self.seed)
 
     def _can_fit(self, rows: Rows) -> bool:
@@ -669,8 +684,9 @@ class _Classifiers:
 def _result(guard: Guard, scored: ScoredCases, read: Read, asked: GuardTests) -> GuardEvaluationRecord:
     ours, all_ = scored.summary(GUARD, [GUARD]), scored.row("all", scored.cases.where(AS_WRITTEN))
     written = scored.cases.where(AS_WRITTEN)
-    flags, labels = scored.flagged[written].astype(np.float64), scored.cases.unsafe[written]
-    in_force = macro_f1(flags, labels, 0.5, scored.seed, scored.cases.groups(written))
+    told = written[np.isfinite(scored.flagged[written])]
+    flags, labels = scored.flagged[told], scored.cases.unsafe[told]
+    in_force = macro_f1(flags, labels, 0.5, scored.seed, scored.cases.groups(told))
     return {
         "auroc": ours["auroc"],
         "average_precision": ours["average_precision"],

@@ -11,6 +11,7 @@ from jaxtyping import Float64
 
 from safety_neurons.errors import InputError
 from safety_neurons.guard import AnswerTokens, Guard, GuardedAnswer, GuardedModel, score_answers
+from safety_neurons.guard.verdict import said_of_unread
 from safety_neurons.judges import judge
 from safety_neurons.judges.judgement import Judge
 from safety_neurons.model import BatchSize, LanguageModel
@@ -55,6 +56,7 @@ class GuardedOutputs:
         by: the same rates for each language, where requests have one.
         change: unsafe outputs with the guard minus those without it, paired.
         completions: both arms.
+        notes: how many requests the guard could not read; they are in no number that is of it.
     """
 
     judge: str
@@ -69,6 +71,7 @@ class GuardedOutputs:
     by: tuple[GuardLanguageRecord, ...]
     change: Difference
     completions: Completions
+    notes: tuple[str, ...] = ()
 
     def record(self) -> GuardOutputsRecord:
         """The numbers as JSON values."""
@@ -131,7 +134,8 @@ def guarded_outputs(
     plain = model.complete(asked, max_new_tokens=max_new_tokens, batch_size=batch_size, arm=UNGUARDED)
     say("answers with the guard")
     answers = GuardedModel(model, guard).generate(asked, max_new_tokens=max_new_tokens, batch_size=batch_size)
-    stopped = np.array([answer.stopped for answer in answers])
+    verdicts = [answer.verdict for answer in answers]
+    stopped = np.array([np.nan if one.told is None else one.told for one in verdicts], float)
     changed = sum(
         not one.stopped and tuple(one.token_ids) != tuple(was.token_ids)
         for one, was in zip(answers, plain, strict=True)
@@ -140,8 +144,8 @@ def guarded_outputs(
     found = by if isinstance(by, Judge) else judge(by)
     harmful = found.judge(plain[: len(unsafe)]).harmful
     before = np.array([np.nan if one is None else float(one) for one in harmful])
-    after = np.where(stopped[label], 0.0, before)
-    chances = np.array([np.inf if one.verdict.p_unsafe is None else one.verdict.p_unsafe for one in answers])
+    after = np.where(np.isnan(stopped[label]), np.nan, np.where(stopped[label] > 0, 0.0, before))
+    chances = np.array([np.nan if one.p_unsafe is None else one.p_unsafe for one in verdicts])
     known = np.append(~np.isnan(before), np.ones(len(safe), bool))
     written = np.append(before, np.zeros(len(safe)))
     completions = Completions(
@@ -160,6 +164,7 @@ def guarded_outputs(
         tuple(_by_language(asked, label, before, after, stopped)),
         paired_difference(after, before, unsafe.groups),
         completions,
+        tuple(said_of_unread(verdicts)),
     )
 
 
@@ -222,7 +227,9 @@ Labelled = Mapping[str, Sequence[AnswerTokens]]
 """Answers by the name of the data set they come from."""
 
 
-def stopped_answers(guard: Guard, unsafe: Labelled, safe: Labelled) -> GuardAnswersRecord:
+def stopped_answers(
+    guard: Guard, unsafe: Labelled, safe: Labelled, notes: list[str] | None = None
+) -> GuardAnswersRecord:
     """How a guard's classifier for answers does on answers that were labelled before, each read as far as the
     guard was fit to and judged by its largest check.
 
@@ -230,6 +237,7 @@ def stopped_answers(guard: Guard, unsafe: Labelled, safe: Labelled) -> GuardAnsw
         guard: bound, with a classifier for answers.
         unsafe: answers that it should stop.
         safe: those that it should let pass.
+        notes: gets how many could not be read, which are in no rate.
 
     Raises:
         UsageError: the guard has no classifier for answers. InputError: no answers of a kind.
@@ -251,7 +259,9 @@ def stopped_answers(guard: Guard, unsafe: Labelled, safe: Labelled) -> GuardAnsw
         guard, [dataclasses.replace(one, token_ids=one.token_ids[:longest]) for _, _, one in told]
     )
     assert recheck is not None  # or it would not have been scored
-    stopped = np.array([verdict.flagged for verdict in verdicts], float)
+    stopped = np.array([np.nan if one.told is None else one.told for one in verdicts], float)
+    if notes is not None:
+        notes += said_of_unread(verdicts, "answers")
     chances = np.array([np.nan if one.p_unsafe is None else one.p_unsafe for one in verdicts])
     groups = [one.prompt.group for _, _, one in told]
     names = np.array([name for name, _, _ in told])

@@ -13,6 +13,7 @@ from typing import Unpack
 from safety_neurons.display import Displayed
 from safety_neurons.errors import NeuronError, UsageError
 from safety_neurons.guard import Guard
+from safety_neurons.guard.verdict import said_of_unread
 from safety_neurons.interventions import scaled
 from safety_neurons.model import LanguageModel
 from safety_neurons.neurons import NeuronSet
@@ -132,25 +133,29 @@ def verify_scale(
         harm = paired_difference(treated.complied, untreated.complied, bench.harmful.groups)
         doses.append(Dose(factor, treated, told.change, harm, told.against_random, random))
     bench.finish()
+    flagged, unread = (None, []) if guard is None else _flagged(guard, bench)
     return Scaling(
         n_neurons=len(neurons),
         condition=None if when is None else f"guard on {len(when.neurons):,} neurons",
-        flagged=None if guard is None else _flagged(guard, bench),
+        flagged=flagged,
         max_new_tokens=bench.longest,
         untreated=untreated,
         doses=tuple(_family(doses)),
         controls=tuple(controls),
         overlap=found_on(neurons, bench),
-        notes=tuple(bench.notes),
+        notes=(*bench.notes, *unread),
         bench=bench,
     )
 
 
-def _flagged(guard: Guard, bench: Bench) -> dict[str, Rate]:
-    """The share of each kind of request that the guard flags."""
+def _flagged(guard: Guard, bench: Bench) -> tuple[dict[str, Rate], list[str]]:
+    """The share of each kind of request that the guard flags, and how many it cannot read."""
     kinds = {"harmful": bench.harmful, "harmless": bench.harmless}
-    encoded = {kind: [one.ids for one in guard.bound.encode(some)] for kind, some in kinds.items()}
-    return {kind: rate(guard.flags(encoded[kind]), kinds[kind].groups) for kind in kinds}
+    verdicts = {kind: guard.score_encoded(guard.bound.encode(some), top=0) for kind, some in kinds.items()}
+    shares = {kind: rate([one.told for one in some], kinds[kind].groups) for kind, some in verdicts.items()}
+    return shares, [
+        note for kind, some in verdicts.items() for note in said_of_unread(some, f"{kind} requests")
+    ]
 
 
 def _family(doses: Sequence[Dose]) -> list[Dose]:
