@@ -693,7 +693,7 @@ def main(words: Sequence[str] | None = None) -> int:
     file = options.out / "fuzz.json"
     fed = {row["reader"] for row in rows}
     before = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.is_file() else []
-    kept = [row for row in before if row["reader"] not in fed]
+    kept = [row for row in before if row["reader"] not in fed and "machine" in row]
     made_on = [{**row, "settings": settings, "machine": machine()} for row in rows]
     record = {"benchmark": "fuzz", "rows": [*kept, *made_on]}
     file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

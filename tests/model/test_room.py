@@ -42,7 +42,7 @@ def states(rows: int, tokens: int, start: int) -> tuple[Tensor, Tensor]:
 def same(one: Any, other: Any) -> None:
     """Both hold the same numbers."""
     assert one.get_seq_length() == other.get_seq_length()
-    if one.is_initialized:
+    if one.get_seq_length():
         assert torch.equal(one.keys, other.keys)
         assert torch.equal(one.values, other.values)
 
@@ -55,6 +55,7 @@ DONE = st.one_of(
     st.tuples(st.just("reorder"), st.integers(0, 7)),
     st.tuples(st.just("crop"), st.integers(1, 4)),
     st.tuples(st.just("copy"), st.just(0)),
+    st.tuples(st.just("reset"), st.just(0)),
 )
 
 
@@ -81,8 +82,10 @@ def test_a_layer_with_room_is_the_same_layer(kind: str, done: list[tuple[str, in
         elif what == "reorder":
             order = torch.arange(rows).roll(count)
             plain.reorder_cache(order), ours.reorder_cache(order)
-        elif what == "crop" and count < plain.get_seq_length() < WINDOW:
+        elif what == "crop" and count < plain.get_seq_length() < (WINDOW if kind == "window" else 10**9):
             plain.crop(-count), ours.crop(-count)
+        elif what == "reset":
+            plain.reset(), ours.reset()
         elif what == "copy":
             ours = copy.deepcopy(ours)
         same(plain, ours)
@@ -92,8 +95,9 @@ def test_a_layer_with_room_is_the_same_layer(kind: str, done: list[tuple[str, in
 def test_a_step_moves_nothing_of_what_is_held(kind: str) -> None:
     layer = roomy(LAYERS[kind]())
     layer.update(*states(4, 2, 0))
+    layer.update(*states(4, 1, 0))
     where = layer.keys.data_ptr(), layer.values.data_ptr()
-    steps = WINDOW - 3 if kind == "window" else ROOM
+    steps = WINDOW - 4 if kind == "window" else ROOM
     for step in range(steps):
         layer.update(*states(4, 1, step))
         assert (layer.keys.data_ptr(), layer.values.data_ptr()) == where
@@ -101,9 +105,46 @@ def test_a_step_moves_nothing_of_what_is_held(kind: str) -> None:
     assert layer.keys.data_ptr() != where[0]  # no more room: all moves once
 
 
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_numbers_of_heads_and_types_are_kept(heads: int, dtype: torch.dtype) -> None:
+    plain, ours = DynamicLayer(), roomy(DynamicLayer())
+    for tokens in (5, 1, 1, 70, 1):
+        given = torch.randn(2, heads, tokens, 4).to(dtype), torch.randn(2, heads, tokens, 4).to(dtype)
+        plain.update(*given)
+        found = ours.update(*given)
+        same(plain, ours)
+        assert [one.dtype for one in found] == [dtype, dtype]
+
+
+def test_room_is_as_much_as_was_asked_for() -> None:
+    cache = DynamicCache()
+    cache.layers = [DynamicLayer()]
+    layer = with_room(cache, 5).layers[0]
+    layer.update(*states(2, 3, 0))
+    for _ in range(5):
+        layer.update(*states(2, 1, 0))
+    assert layer.keys.untyped_storage().nbytes() == 4 * 2 * 2 * (3 + 1 + 5) * 3
+
+
+def test_what_gradients_or_another_mode_need_is_copied() -> None:
+    layer = roomy(DynamicLayer())
+    keys, values = (each.requires_grad_() for each in states(1, 2, 0))
+    layer.update(keys, values)
+    layer.update(*states(1, 1, 0))[0].square().sum().backward()
+    assert torch.equal(keys.grad, 2 * keys.detach())
+    other = roomy(DynamicLayer())
+    with torch.inference_mode():
+        for _ in range(2):
+            other.update(*states(1, 1, 0))
+    other.update(*states(1, 1, 0))
+    assert other.get_seq_length() == 3
+
+
 def test_rows_that_were_selected_write_to_no_other_rows() -> None:
     layer = roomy(DynamicLayer())
     layer.update(*states(3, 2, 0))
+    layer.update(*states(3, 1, 9))
     before = layer.keys
     kept = before.clone()
     layer.batch_select_indices(torch.tensor([1]))

@@ -246,13 +246,17 @@ def _empty(model: Any) -> Any:
     return DynamicCache(config=unwrapped(model).config.get_text_config(decoder=True))
 
 
-def roomy_cache(model: Any) -> dict[str, Any]:
+def roomy_cache(model: Any, new: int) -> dict[str, Any]:
     """A cache in which a step copies nothing, as an argument of `generate`, of a model whose rows can
     leave.
+
+    Args:
+        model: with `generate`.
+        new: tokens that it may write.
     """
     from safety_neurons.model.room import with_room  # imports transformers
 
-    return {cache_name(model): with_room(_empty(model))}
+    return {cache_name(model): with_room(_empty(model), new)}
 
 
 class _Thinned:
@@ -291,10 +295,12 @@ def decoded(
         ends: ids that end an answer.
         pad_id: what fills rows that ended before others of their batch.
     """
+    from safety_neurons.model.room import with_room  # imports transformers
+
     written: list[list[int]] = [[] for _ in ids]
     failed = [False] * len(ids)
     rows, left = list(range(len(ids))), int(settings.max_new_tokens)
-    passed = roomy_cache(model)
+    passed = roomy_cache(model, left)
     settings.return_dict_in_generate = True
     while True:
         width, finite = ids.shape[1], Finite(min(ends, default=pad_id))
@@ -319,4 +325,4 @@ def decoded(
         cache.batch_select_indices(kept)
         ids = output.sequences[kept]
         mask = torch.cat([mask, torch.ones_like(output.sequences[:, width:])], 1)[kept]
-        rows, passed = [rows[number] for number in going], {cache_name(model): cache}
+        rows, passed = [rows[number] for number in going], {cache_name(model): with_room(cache, left)}

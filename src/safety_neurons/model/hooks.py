@@ -52,8 +52,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 Reader = Callable[[Any], None]
-"""Gets a site's activation `[batch, token, neuron]` (never to be written into), or `ExpertRows` for the key
-of an expert.
+"""Gets a site's activation `[batch, token, neuron]`, or `ExpertRows` for the key of an expert: never to be
+written into, and to be copied if it is kept, since an edit may write into it afterwards.
 """
 
 Editor = Callable[[Any], Tensor]

@@ -665,7 +665,7 @@ def _generate_rows(
         if decoding.watched is not None:
             passed = joined(passed, stack.enter_context(decoding.watched(rows.indices, mask)))
         elif by_rows and not others:
-            passed |= roomy_cache(lm.model)
+            passed |= roomy_cache(lm.model, decoding.max_new_tokens)
         finite = Finite(min(ends, default=lm.pad_id))
         passed = joined(passed, {"logits_processor": [finite]})
         output = lm.model.generate(

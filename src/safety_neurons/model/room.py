@@ -4,38 +4,35 @@ where transformers' layers copy all of them to make a longer tensor.
 
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 ROOM = 64
-"""Tokens that there is room for beyond those that are there, at least; a quarter of those, where that is
-more.
-"""
+"""Tokens that there is room for beyond those that are there, where nobody says how many will come."""
 
 
-def appended(held: Tensor | None, new: Float[Tensor, "row head token feature"]) -> Tensor:
+def appended(held: Tensor, new: Float[Tensor, "row head token feature"], room: int) -> Tensor:
     """What is held, and the new states behind it along the tokens; nothing that is held moves while there is
-    room.
-
-    Only without gradients: what the result of an earlier call is a view of is written to, behind its end.
+    room. Memory that gradients or another mode of autograd need is not written to: all is copied.
 
     Args:
-        held: an earlier result, some rows or the first tokens of one; None, or no elements, at the beginning.
+        held: what a layer of transformers or this function made, some rows or the first tokens of it.
         new: of as many rows and heads.
+        room: tokens to leave room for behind the new ones, where there was none.
     """
-    if held is None or not held.numel():
-        held = new[..., :0, :]
-        room = 0
-    else:
-        # A tensor of all its memory is as long as the step from head to head says, a view of more is
-        # shorter. Rows that were selected are a tensor of their own, without room.
-        room = held.stride(-3) // held.stride(-2)
+    if new.requires_grad or held.requires_grad or held.is_inference() != torch.is_inference_mode_enabled():
+        return torch.cat([held, new], dim=-2)
     length, total = held.shape[-2], held.shape[-2] + new.shape[-2]
-    if total <= room:
-        memory = held.as_strided((*held.shape[:-2], room, held.shape[-1]), held.stride())
+    # A tensor of all its memory is as long as the step from head to head says, its first tokens are shorter.
+    # (Its last ones would be, too, and have no room: a window that slides is none of ours.) Rows that were
+    # selected are a tensor of their own.
+    places = held.stride(-3) // held.stride(-2)
+    if total <= places:
+        memory = held.as_strided((*held.shape[:-2], places, held.shape[-1]), held.stride())
     else:
-        memory = new.new_empty((*new.shape[:-2], total + max(ROOM, total // 4), new.shape[-1]))
+        memory = new.new_empty((*held.shape[:-2], total + room, held.shape[-1]))
         memory[..., :length, :] = held
     memory[..., length:total, :] = new
     return memory[..., :total, :]
@@ -43,6 +40,8 @@ def appended(held: Tensor | None, new: Float[Tensor, "row head token feature"]) 
 
 class RoomyLayer(DynamicLayer):
     """A layer's keys and values, with room behind them."""
+
+    room: int
 
     def update(
         self,
@@ -52,14 +51,15 @@ class RoomyLayer(DynamicLayer):
         **__: Any,
     ) -> tuple[Float[Tensor, "row head seen key"], Float[Tensor, "row head seen value"]]:
         """Adds the states of new tokens, gives those of all."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self.keys, self.values = appended(self.keys, key_states), appended(self.values, value_states)
-        return self.keys, self.values
+        if not self.get_seq_length():
+            return super().update(key_states, value_states)
+        return _grown(self, key_states, value_states)
 
 
 class RoomySlidingWindowLayer(DynamicSlidingWindowLayer):
     """The same of a layer that sees a window, until that is full."""
+
+    room: int
 
     def update(
         self,
@@ -70,13 +70,17 @@ class RoomySlidingWindowLayer(DynamicSlidingWindowLayer):
     ) -> tuple[Float[Tensor, "row head seen key"], Float[Tensor, "row head seen value"]]:
         """Adds the states of new tokens, gives those that the tokens see."""
         total = self.cumulative_length + key_states.shape[-2]
-        if total >= self.sliding_window or getattr(self, "record_past", False):
+        whole = total < self.sliding_window and not getattr(self, "record_past", False)
+        if not self.cumulative_length or not whole:
             return super().update(key_states, value_states)
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
         self.cumulative_length = total
-        self.keys, self.values = appended(self.keys, key_states), appended(self.values, value_states)
-        return self.keys, self.values
+        return _grown(self, key_states, value_states)
+
+
+def _grown(layer: Any, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    room = getattr(layer, "room", ROOM)
+    layer.keys, layer.values = appended(layer.keys, keys, room), appended(layer.values, values, room)
+    return layer.keys, layer.values
 
 
 _WITH_ROOM: dict[type, type] = {
@@ -85,10 +89,17 @@ _WITH_ROOM: dict[type, type] = {
 }
 
 
-def with_room(cache: Any) -> Any:
-    """The cache, its ordinary dynamic layers with room from the next token on; others stay what they are."""
+def with_room(cache: Any, room: int = ROOM) -> Any:
+    """The cache, its ordinary dynamic layers with room from the next token on; others stay what they are.
+
+    Args:
+        cache: None stays None.
+        room: tokens that will come.
+    """
     for layer in getattr(cache, "layers", ()):
         layer.__class__ = _WITH_ROOM.get(type(layer), type(layer))
+        if isinstance(layer, RoomyLayer | RoomySlidingWindowLayer):
+            layer.room = room
     made = getattr(cache, "layer_class_to_replicate", None)
     if made in _WITH_ROOM:
         cache.layer_class_to_replicate = _WITH_ROOM[made]

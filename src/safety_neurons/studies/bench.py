@@ -446,8 +446,9 @@ class Bench:
         What an earlier run generated is used again.
         """
         self.tell(arm.name)
-        lists, how = {"harmful": self.harmful, "harmless": self.harmless}, self._writing()
-        self.answers.write_together(arm, lists, how, self.seed)
+        if isinstance(arm.model, LanguageModel):  # A server puts its batches together itself.
+            lists = {"harmful": self.harmful, "harmless": self.harmless}
+            self.answers.write_together(arm, lists, self._writing(), self.seed)
         answers = self.answered(arm)
         others = judge_refusal(self.completed(arm, "harmless"))
         self.answers.judged(others.completions)
