@@ -12,8 +12,8 @@ from guarded import some_neurons, tiny_model
 
 from safety_neurons import NeuronSet, Provenance
 from safety_neurons.errors import ForeignModelError, InputError, UsageError
-from safety_neurons.guard import Guard, fit_guard, recalibrate
-from safety_neurons.guard.fit import labelled, measured_on
+from safety_neurons.guard import Guard, Pooling, fit_guard, recalibrate
+from safety_neurons.guard.fit import further_readings, labelled, measured_on, said_of_parts
 from safety_neurons.model import LanguageModel
 from safety_neurons.prompt_lists import Message, Prompt, Prompts
 from safety_neurons.results import plain
@@ -315,3 +315,24 @@ def test_fitting_does_not_import_itself_into_using(tmp_path: Any, guard: Guard) 
     )
     assert out.stdout.split() == ["True", "False", "False"]
     assert dataclasses.is_dataclass(guard)
+
+
+def test_readings_of_a_conversation_that_give_nan_are_left_out_and_told(neurons: NeuronSet) -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.inner.get_input_embeddings().weight[model.encode("where")[0].ids[-2]] = torch.nan
+    turns = [("user", "where"), ("assistant", "a tree"), ("user", "bake a cake")]
+    broken, whole = (
+        Prompt("x", turns[-1][1], messages=tuple(Message(role, text) for role, text in some))
+        for some in (turns, [("user", "a house"), *turns[1:]])
+    )
+    asked = [Prompt("y", "cake"), broken, whole]
+    rows, unread = further_readings(model, asked, neurons, Pooling.of("last"))
+    assert unread == {1}
+    assert rows.keys() == {1, 2}
+    assert 0 < len(rows[1]) < len(rows[2])
+    assert np.isfinite(rows[1]).all()
+    assert said_of_parts(unread) == [
+        "1 conversations have a reading that gave NaN or infinity: they count by their others"
+    ]
+    assert said_of_parts(set()) == []
