@@ -2,6 +2,7 @@
 
 import pathlib
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from safety_neurons.detectors import find_importance
 from safety_neurons.errors import ModelError, UnsupportedModelError, UsageError
 from safety_neurons.interventions import deactivated, patched
-from safety_neurons.model import LanguageModel, load
+from safety_neurons.model import LanguageModel, fewer_bits, load
 from safety_neurons.model.fewer_bits import dequantised
 from safety_neurons.model.identity import identity
 from safety_neurons.model.placement import Placement, device_places, memory_limits
@@ -131,6 +132,38 @@ def test_four_bits_are_the_same_weights_in_the_order_of_any_processor(
     for module, exact in zip(maps, before, strict=True):
         assert (dequantised(module, "map") - exact).abs().max() <= 2**-8 * exact.abs().max()
     assert identity(small) == known
+
+
+@pytest.mark.parametrize("change", ["lacks", "takes more", "leaves", "turns scales"])
+def test_a_version_that_keeps_the_order_of_a_processor_otherwise_is_one_line(
+    change: str, folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    functional = pytest.importorskip("bitsandbytes").functional
+    name = "_convert_weight_packed_for_cpu"
+    pack = getattr(functional, name)
+    small = load(folder, quantize="4bit")
+    module = next(module for module in small.inner.modules() if type(module).__name__ == "Linear4bit")
+    module.weight.data, module.weight.quant_state = pack(module.weight.data, module.weight.quant_state)
+
+    def otherwise(values: torch.Tensor, state: Any, *more: Any) -> tuple[torch.Tensor, Any]:
+        values, state = pack(values, state, *more)
+        state.absmax = state.absmax.flip(0)
+        return values, state
+
+    if change == "turns scales":
+        monkeypatch.setattr(functional, name, otherwise)
+    elif change == "lacks":
+        monkeypatch.delattr(functional, f"{name}_inverse")
+    else:
+        other = (lambda values, state: (values, state)) if change == "leaves" else (lambda *, packed: packed)
+        monkeypatch.setattr(functional, f"{name}_inverse", other)
+    fewer_bits._inverse.cache_clear()
+    for action in (lambda: dequantised(module, "map"), lambda: identity(small)):
+        with pytest.raises(ModelError, match=r"bitsandbytes \d+\.\d+.* does not put them back") as error:
+            action()
+        assert "\n" not in str(error.value)
+    monkeypatch.undo()
+    assert dequantised(module, "map").isfinite().all()
 
 
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])

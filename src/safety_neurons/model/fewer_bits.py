@@ -1,12 +1,15 @@
 """Weights in 8 and 4 bits by bitsandbytes, as the numbers that a model computes with."""
 
 import copy
+import functools
+import importlib.metadata
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from safety_neurons.errors import UnsupportedModelError
+from safety_neurons.errors import ModelError, UnsupportedModelError
 
 
 def dequantised(base: nn.Module, name: str) -> Tensor:
@@ -82,13 +85,43 @@ def _unpacked(values: Tensor, state: Any) -> tuple[Tensor, Any]:
     From the first pass on a processor with AVX512-BF16 keeps codes and scales in another order, and the
     scales rounded to bfloat16.
     """
-    from bitsandbytes import functional
-
     copied = copy.copy(state)
     copied.original_nested = False  # or the scales are quantised again
-    values, unpacked = functional._convert_weight_packed_for_cpu_inverse(values, copied)
+    values, unpacked = _inverse()(values, copied)
     unpacked.absmax = _scales(state)
     return values, unpacked
+
+
+@functools.cache
+def _inverse() -> Callable[[Tensor, Any], tuple[Tensor, Any]]:
+    """What puts codes back in the order of their matrix: a private function of bitsandbytes, which another
+    version may lack or change, so that it is tried on a small weight first.
+
+    Raises:
+        ModelError: it is not there, or does something else.
+    """
+    from bitsandbytes import functional
+
+    try:
+        inverse: Callable[[Tensor, Any], tuple[Tensor, Any]]
+        inverse, pack = (
+            getattr(functional, f"_convert_weight_packed_for_cpu{end}") for end in ("_inverse", "")
+        )
+        codes_, state = functional.quantize_4bit(torch.linspace(-1, 2, 2**13).reshape(64, 128))
+        values, packed = pack(codes_.clone(), copy.copy(state))
+        scales_ = _scales(packed)
+        found, _ = inverse(values, packed)
+        whole = torch.equal(found, codes_) and torch.allclose(scales_, state.absmax, rtol=2**-8)
+        why = "" if whole else "it gives other numbers"
+    except Exception as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+    if why:
+        raise ModelError(
+            f"weights in 4 bits lie in this processor's own order, and bitsandbytes "
+            f"{importlib.metadata.version('bitsandbytes')} does not put them back as expected ({why}); "
+            "expected a version such as 0.49.0 or 0.50.2, or the model in 8 bits or without --quantize"
+        )
+    return inverse
 
 
 def _scales(state: Any) -> Tensor:
