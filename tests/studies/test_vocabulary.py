@@ -10,15 +10,18 @@ import torch
 
 from families import build
 from safety_neurons import organism
+from safety_neurons.cli.analyze import CardOptions
+from safety_neurons.detectors.methods import ExplainedTexts
 from safety_neurons.errors import NeuronError, UnsupportedModelError
 from safety_neurons.model import LanguageModel, load_pair
 from safety_neurons.neurons import NeuronSet, Scores
 from safety_neurons.prompt_lists import Prompts
 from safety_neurons.studies import strongest, vocabulary, with_cards
-from safety_neurons.studies.vocabulary import RefusalOdds
+from safety_neurons.studies.vocabulary import CardSettings, RefusalOdds
 from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
 from tiny_pair import HARMFUL, HARMLESS
 
+TEXTS = ExplainedTexts("sorry i cannot", "sure here is")
 NEURONS = [("layers.0.down", 3), ("layers.1.o", 5), ("layers.1.v", 2), ("layers.0.up", 4), ("layers.1.q", 1)]
 
 
@@ -29,7 +32,7 @@ def lm():
 
 @pytest.fixture(scope="module")
 def made(lm):
-    texts = {"refusal": "sorry i cannot", "compliance": "sure here is"}
+    texts = TEXTS.values()
     prompts = Prompts.from_list(HARMFUL[:4]), Prompts.from_list(HARMLESS[:3])
     return vocabulary(lm, NEURONS, *prompts, **texts, tokens=5, places=4, random=4, batch_size=3)
 
@@ -85,7 +88,7 @@ def test_activations_are_those_that_the_projection_sees(made, lm):
 
 
 def test_the_effect_of_a_neuron_is_that_of_a_model_without_its_weights(made, lm):
-    odds = RefusalOdds.of(lm, None, Prompts.from_list(HARMFUL[:4]), "sorry i cannot", "sure here is")
+    odds = RefusalOdds.of(lm, None, Prompts.from_list(HARMFUL[:4]), TEXTS)
     untreated = odds.measure(lm)
     for place, (layer, part, index) in {0: (0, "mlp.down_proj", 3), 1: (1, "self_attn.o_proj", 5)}.items():
         cut = copy.deepcopy(lm.model)
@@ -99,7 +102,7 @@ def test_the_effect_of_a_neuron_is_that_of_a_model_without_its_weights(made, lm)
 
 
 def test_log_odds_are_mean_log_probabilities_of_the_two_texts(lm):
-    odds = RefusalOdds.of(lm, None, Prompts.from_list(HARMFUL[:2]), "sorry i cannot", "sure here is")
+    odds = RefusalOdds.of(lm, None, Prompts.from_list(HARMFUL[:2]), TEXTS)
     for prompt, value in zip(lm.encode(Prompts.from_list(HARMFUL[:2])), odds.measure(lm), strict=True):
         means = []
         for text in ("sorry i cannot", "sure here is"):
@@ -190,3 +193,8 @@ def test_cards_of_the_organism_tell_who_writes_the_opening_and_who_moves_the_ref
     )
     assert "sorry" in {entry["token"].strip() for entry in opening.writes["top"]}
     assert opening.active["most_active"][0]["token"] == "<|assistant|>"
+
+
+def test_the_command_line_makes_the_cards_that_python_makes_without_a_word():
+    typed, called = CardOptions().values(), CardSettings().values()
+    assert typed == {name: called[name] for name in typed}

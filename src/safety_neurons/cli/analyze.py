@@ -25,7 +25,7 @@ from safety_neurons.cli.session import (
 from safety_neurons.cli.verb import verb
 from safety_neurons.declarations import Count, Declaration, Panel, Positional, Positive, Reads, Share
 from safety_neurons.detectors.methods import HowFound, Positions, by_name
-from safety_neurons.detectors.rules import AtSites, CardOptions, Searched
+from safety_neurons.detectors.rules import AtSites, Searched
 from safety_neurons.errors import UsageError
 
 FIND, MEASURE = "Which neurons", "What is measured"
@@ -464,6 +464,22 @@ class Carded(Declaration):
     def named(self) -> list[tuple[str, int]]:
         """The neurons of `--at`, as keys and indices."""
         return [read_neuron(part) for part in listed(self.at) or ()]
+
+
+@dataclasses.dataclass(frozen=True)
+class CardOptions(Declaration):
+    """What a neuron card holds."""
+
+    PANEL: ClassVar[str | None] = MEASURE
+
+    refusal: str | None = None
+    """Text of a refusal, without --base."""
+    compliance: str | None = None
+    """Text of a compliance, without --base."""
+    tokens: Positive = 10
+    """Tokens shown at either end."""
+    random: Count = 20
+    """Random neurons of the same matrices."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

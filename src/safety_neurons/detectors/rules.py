@@ -1,4 +1,4 @@
-"""Which neurons a method searches and which it keeps: the options that methods share; and what a card shows.
+"""Which neurons a method searches and which it keeps: the options that methods share.
 
 Nothing here imports torch or numpy.
 """
@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from safety_neurons.declarations import Count, Declaration, Positive, listed
+from safety_neurons.declarations import Declaration, Positive, listed
 from safety_neurons.errors import UsageError
 
 RULES = ("top", "count", "top_per_matrix", "threshold")
@@ -140,19 +140,3 @@ class WholeParts(Ranked):
         ]
         if rules and self.wanted is not None:
             raise UsageError(f"--{self.PART}s and {rules[0]} given together; expected one rule")
-
-
-@dataclasses.dataclass(frozen=True)
-class CardOptions(Declaration):
-    """What a neuron card holds."""
-
-    PANEL: ClassVar[str | None] = "What is measured"
-
-    refusal: str | None = None
-    """Text of a refusal, without --base."""
-    compliance: str | None = None
-    """Text of a compliance, without --base."""
-    tokens: Positive = 10
-    """Tokens shown at either end."""
-    random: Count = 20
-    """Random neurons of the same matrices."""

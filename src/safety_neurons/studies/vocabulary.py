@@ -12,10 +12,9 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from safety_neurons.declarations import Positive
+from safety_neurons.declarations import Count, Positive
 from safety_neurons.detectors.attribution import SCORED_TOKENS, ScoredRow, explained, tokens_behind
-from safety_neurons.detectors.methods import Attribution
-from safety_neurons.detectors.rules import CardOptions
+from safety_neurons.detectors.methods import ExplainedTexts
 from safety_neurons.display import Displayed
 from safety_neurons.errors import InputError, NeuronError, UnsupportedModelError
 from safety_neurons.interventions import deactivated, patched
@@ -151,9 +150,15 @@ class Cards(Displayed):
 
 
 @dataclasses.dataclass(frozen=True)
-class CardSettings(CardOptions):
-    """How cards are made: what each holds, and how it is measured."""
+class CardSettings(ExplainedTexts):
+    """How cards are made: the texts that are explained without a base model, what each card holds, and how it
+    is measured.
+    """
 
+    tokens: Positive = 10
+    """Tokens shown at either end."""
+    random: Count = 20
+    """Random neurons of the same matrices."""
     places: Positive = 5
     """Prompts shown at either end of the activation."""
     seed: int = 0
@@ -205,7 +210,7 @@ def vocabulary(
     written = _written(model, [*chosen, *references], how.tokens)
     tell("activations")
     found = activity(model, chosen, harmful, harmless, places=how.places, batch_size=how.batch_size)
-    odds = RefusalOdds.of(model, base, harmful, how.refusal, how.compliance, how.batch_size)
+    odds = RefusalOdds.of(model, base, harmful, how, how.batch_size)
     treatments: dict[str, tuple[LanguageModel, Treat]] = {
         "deactivate": (model, lambda part: lambda: deactivated(model, part))
     }
@@ -466,11 +471,10 @@ class RefusalOdds:
         model: LanguageModel,
         base: LanguageModel | None,
         prompts: Prompts,
-        refusal: str | None = None,
-        compliance: str | None = None,
+        given: ExplainedTexts,
         batch_size: BatchSize = "auto",
     ) -> "RefusalOdds":
-        """Of a pair both models' own greedy answers, of one model the given texts or the built-in ones.
+        """Of a pair both models' own greedy answers, of one model the given texts.
 
         16 tokens of each at most.
 
@@ -479,7 +483,7 @@ class RefusalOdds:
         """
         encoded = model.encode(prompts, reserve=SCORED_TOKENS)
         if base is None:
-            sides = list(Attribution(refusal=refusal, compliance=compliance).texts.values())
+            sides = list(given.texts.values())
             rows = [
                 explained(
                     one.ids, *([tokens_behind(model, one.ids, text) for text in side] for side in sides)
