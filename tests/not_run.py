@@ -12,6 +12,7 @@ NEEDS = (
     (("chromium",), "a browser", "install chromium"),
     (("lm-evaluation-harness is not installed",), "lm-evaluation-harness", "pip install -e '.[evaluate]'"),
     (("inspect_ai is not installed",), "inspect_ai", "pip install -e '.[inspect]'"),
+    (("network namespaces",), "two machines", "install iproute2 and run as root on Linux"),
     (("this entry point",), "a fresh installation", "make clean test"),
     (("could not import",), "development tools", "pip install -e '.[dev]'"),
 )

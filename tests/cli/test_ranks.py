@@ -22,12 +22,15 @@ import torch
 from running import Outcome
 
 import every_verb
+from machines import ADDRESSES, WIRE, two_machines
 from safety_neurons.cli import processes
 
 PROGRAM = """
-import gc, json, os, pathlib, signal, sys
+import ctypes, gc, json, os, pathlib, signal, subprocess, sys
+import torch
 here, tests, plan = json.loads(sys.argv[1])
 sys.path[:0] = tests
+from machines import WIRE
 from running import command
 from safety_neurons.cli import processes
 from safety_neurons.model import ranks
@@ -35,28 +38,53 @@ from safety_neurons.model import ranks
 def done(lines):
     return [[*vars(command(*words)).values()] for words in lines]
 
+class Dying(torch.distributed.Store):  # ends its process when its address is told and the others' are awaited
+    def __init__(self, store):
+        super().__init__()
+        self.set, self.add, self.get, self.check = store.set, store.add, store.get, store.check
+    def wait(self, *_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def enter(process):
+    system = ctypes.CDLL(None, use_errno=True)
+    for kind in ("net", "uts"):
+        namespace = os.open(f"/proc/{process}/ns/{kind}", os.O_RDONLY)
+        assert system.setns(namespace, 0) == 0, os.strerror(ctypes.get_errno())
+    subprocess.run(["ip", "link", "set", WIRE, "up"], check=True)
+    ranks.SILENCE.update(TCP_KEEPIDLE=1, TCP_KEEPINTVL=1, TCP_KEEPCNT=2, TCP_USER_TIMEOUT=3000)
+    os.environ["LOCAL_RANK"] = "0"
+
 def share(scene, rank):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(scene["size"]))
-    os.chdir(scene["folder"])
+    os.environ.update(scene["variables"])
+    os.chdir(scene["folders"][rank])
+    if scene["machines"]:
+        enter(scene["machines"][rank])
     said = []
     kept, speaks = ranks._attempt, processes.speaks
+    ranks.waiting = lambda: False  # what was said is still to be written down
     if scene["dies"][0] >= 0 and not scene["dies"][1]:
-        ranks.PATIENCE = 10.0
+        ranks.PATIENCE = 5.0
         if rank == scene["dies"][0]:
-            ranks.torch.distributed.init_process_group = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+            start = torch.distributed.init_process_group
+            torch.distributed.init_process_group = lambda *words, store, **about: start(
+                *words, store=Dying(store), **about
+            )
     def attempt(work, calls=[]):
         calls.append(work)
-        if [rank, len(calls)] == scene["dies"]:
+        if [rank, len(calls)] == scene["dies"] and scene["by"]:
             os.kill(os.getpid(), scene["by"])
+        elif [rank, len(calls)] == scene["dies"]:
+            subprocess.run(["ip", "link", "set", WIRE, "down"], check=True)
         return kept(work)
     ranks._attempt = attempt
     def told_again():
-        if scene["dies"][0] >= 0:
+        if scene["dies"][0] >= 0 and scene["by"]:
             os.kill(os.getpid(), signal.SIGTERM)  # a launcher's word, while the last line is on its way
         return speaks()
     processes.speaks = told_again
     for port, words in zip(scene["ports"], scene["lines"]):
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ.update(MASTER_ADDR=scene["address"], MASTER_PORT=str(port))
         said += done([words])
         pathlib.Path(here, f"{scene['name']}-{rank}.json").write_text(json.dumps(said))
 
@@ -74,7 +102,7 @@ for scene in plan:
     for child in children:
         os.waitpid(child, 0)
     if not children:
-        os.chdir(scene["folder"])
+        os.chdir(scene["folders"][0])
         pathlib.Path(here, f"{scene['name']}-0.json").write_text(json.dumps(done(scene["lines"])))
 """
 
@@ -88,11 +116,24 @@ class Scene:
     lines: list[list[str]]
     folder: pathlib.Path
     dies: tuple[int, int] = (-1, 0)
-    """The rank that a signal ends, at its which share; at 0 while it meets the others."""
+    """The rank that a signal ends, at its which share (the first open the folder); at 0 while they meet."""
     by: int = signal.SIGKILL
+    """The signal; where it is 0, the rank's machine is cut off in its place."""
+    other: pathlib.Path | None = None
+    """The folder of every rank but 0, where that is another."""
+    machines: Sequence[int] = ()
+    """A process on the machine of every rank, where that is another than this one."""
+    variables: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Of the environment."""
 
     def plan(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "folder": str(self.folder), "ports": [port() for _ in self.lines]}
+        folders = [str(self.folder), *[str(self.other or self.folder)] * (self.size - 1)]
+        return {
+            **dataclasses.asdict(self),
+            "folders": folders,
+            "address": ADDRESSES[0] if self.machines else "127.0.0.1",
+            "ports": [port() for _ in self.lines],
+        }
 
     def said(self, rank: int = 0) -> list[Outcome]:
         text = (self.folder.parent / f"{self.name}-{rank}.json").read_text()
@@ -148,7 +189,7 @@ def played(scenes: list[Scene], root: pathlib.Path) -> dict[str, Scene]:
         if not scene.folder.is_dir():
             shutil.copytree(root / "given", scene.folder)
     folders = [str(folder) for folder in pathlib.Path(__file__).parents[:2]]
-    told = json.dumps([str(root), folders, [scene.plan() for scene in scenes]])
+    told = json.dumps([root, folders, [scene.plan() for scene in scenes]], default=str)
     environment = {
         **os.environ,
         "SOURCE_DATE_EPOCH": "1700000000",
@@ -168,25 +209,56 @@ def scenes(tiny_pair, tmp_path_factory) -> dict[str, Scene]:
     root = tmp_path_factory.mktemp("ranks")
     one, two = pair_of(SOME, root)
     again = [[words] for verb, words in zip(SOME, one.lines, strict=True) if verb in AGAIN]
-    return played(
-        [
-            one,
-            two,
-            Scene("wrong", 2, wrong(tiny_pair), root / "wrong"),
-            Scene("meeting", 2, again[0], root / "meeting", dies=(1, 0)),
-            Scene("dying", 2, again[0], root / "dying", dies=(1, 2)),
-            Scene("three", 3, again[0], root / "dying"),
-            Scene("killed", 3, again[1], root / "killed", dies=(0, 9)),
-            Scene("four", 4, again[1], root / "killed"),
-            Scene("told", 2, again[0], root / "told", dies=(1, 2), by=signal.SIGTERM),
-        ],
-        root,
-    )
+    with two_machines() as machines:
+        return played(
+            [
+                one,
+                two,
+                Scene("wrong", 2, wrong(tiny_pair), root / "wrong"),
+                Scene("meeting", 2, again[0], root / "meeting", dies=(1, 0)),
+                Scene("dying", 2, again[0], root / "dying", dies=(1, 4)),
+                Scene("unlike", 2, unlike(one.lines, root), root / "unlike", other=root / "other"),
+                Scene("three", 3, again[0], root / "dying"),
+                Scene("killed", 3, again[1], root / "killed", dies=(0, 11)),
+                Scene("apart", 2, again[1], root / "apart", other=root / "killed"),
+                Scene("four", 4, again[1], root / "killed"),
+                Scene("told", 2, again[0], root / "told", dies=(1, 4), by=signal.SIGTERM),
+                *(on_machines(machines, again, one.lines, root) if machines else ()),
+            ],
+            root,
+        )
 
 
-def differing(scenes: dict[str, Scene], verbs: Sequence[str]) -> list[str]:
+def unlike(lines: list[list[str]], root: pathlib.Path) -> list[list[str]]:
+    """Commands that read another file on another machine, one in a new folder and one anew in an old one."""
+    shutil.copytree(root / "given", root / "other")
+    with (root / "other" / "labelled.jsonl").open("a") as stream:
+        stream.write(json.dumps({"prompt": "one more", "label": "safe"}) + "\n")
+    words = lines[SOME.index("guard fit")]
+    return [words, [*words, "--overwrite"]]
+
+
+def on_machines(
+    machines: Sequence[int], again: list[list[list[str]]], lines: list[list[str]], root: pathlib.Path
+) -> list[Scene]:
+    """Commands of two machines, of which one goes away; the same ones go on."""
+
+    def scene(name: str, lines: list[list[str]], folder: str, **about: Any) -> Scene:
+        found = {"GLOO_SOCKET_IFNAME": WIRE}
+        return Scene(name, 2, lines, root / folder, machines=machines, **{"variables": found, **about})
+
+    return [
+        scene("machines", lines, "machines"),
+        scene("unnamed", again[0], "unnamed", variables={}),
+        scene("lost", again[1], "lost", dies=(1, 7)),
+        scene("cut", again[1], "lost", dies=(1, 7), by=0),
+        scene("whole", again[1], "lost"),
+    ]
+
+
+def differing(scenes: dict[str, Scene], verbs: Sequence[str], name: str = "two") -> list[str]:
     """Files that two processes did not write as one does; rank 0 alone has spoken."""
-    one, two = scenes["one"], scenes["two"]
+    one, two = scenes["one"], scenes[name]
     assert [said.code for said in one.said()] == [0] * len(verbs), one.said()
     assert two.said() == one.said()
     assert two.said(1) == [Outcome(0, "", "")] * len(verbs)
@@ -199,6 +271,58 @@ def differing(scenes: dict[str, Scene], verbs: Sequence[str]) -> list[str]:
 
 def test_two_processes_write_the_bytes_of_one_and_one_of_them_speaks(scenes):
     assert differing(scenes, SOME) == []
+
+
+@pytest.fixture
+def on_two(scenes) -> dict[str, Scene]:
+    if "machines" not in scenes:
+        pytest.skip("network namespaces need Linux, its program `ip` and the superuser")
+    return scenes
+
+
+def test_two_machines_write_the_bytes_of_one_process(on_two):
+    assert differing(on_two, SOME, "machines") == []
+
+
+def test_a_machine_that_the_others_cannot_reach_is_told_what_to_set(on_two):
+    (first,), (other,) = on_two["unnamed"].said(), on_two["unnamed"].said(1)
+    assert (first.code, other.code, other.err) == (1, 1, "")
+    assert "would wait for the others at 127.0.0.1" in first.err
+    assert "set GLOO_SOCKET_IFNAME on every machine" in first.err
+    assert first.err.count("\n") == 1
+
+
+def test_a_machine_that_goes_away_ends_the_others_and_the_same_command_goes_on(on_two):
+    """A killed process closes its connections; of a machine that is cut off nothing is heard."""
+    (lost,) = on_two["lost"].said()
+    cut = [on_two["cut"].said(rank)[0] for rank in range(2)]
+    for said, other in ((lost, 1), (cut[0], 1), (cut[1], 0)):
+        assert said.code == 1
+        assert f"another process, or the connection to machine-{other}, has ended" in said.err
+        assert "nothing finished is lost" in said.err
+        assert said.err.count("\n") == 1
+    assert [outcome.code for outcome in on_two["whole"].said()] == [0]
+    out = every_verb.out_of(AGAIN[1])
+    assert on_two["whole"].files(out) == on_two["one"].files(out)
+
+
+def test_a_run_that_only_another_machine_holds_is_left_alone(scenes):
+    (first,), (other,) = scenes["apart"].said(), scenes["apart"].said(1)
+    assert (first.code, other.code, other.err) == (1, 1, "")
+    assert f"'{every_verb.out_of(AGAIN[1])}' holds a run on {socket.gethostname()} and none" in first.err
+    assert "expected one folder that all machines share" in first.err
+    assert first.err.count("\n") == 1
+    assert scenes["apart"].files(every_verb.out_of(AGAIN[1])) == {}
+
+
+def test_machines_that_are_given_different_files_do_not_start(scenes):
+    for first, other in zip(scenes["unlike"].said(), scenes["unlike"].said(1), strict=True):
+        assert (first.code, other.code, other.err) == (1, 1, "")
+        assert "rank 0 and process 1 on" in first.err
+        assert "another labelled: 'labelled.jsonl' has changed since); expected the same command" in first.err
+        assert first.err.count("\n") == 1
+        assert "aside" not in first.err
+    assert scenes["unlike"].files(every_verb.out_of("guard fit")) == {}
 
 
 @pytest.mark.whole
@@ -247,9 +371,10 @@ def test_what_a_killed_process_kept_aside_is_removed_at_the_next_start(scenes):
 
 
 def test_a_process_that_dies_while_it_meets_the_others_ends_them(scenes):
+    """Gloo waits five times as long as it is told for one whose address it has."""
     (said,) = scenes["meeting"].said()
     assert (said.code, said.err.count("\n")) == (1, 1)
-    assert "process 0 of 2 did not meet the others within 10 seconds" in said.err
+    assert "did not meet the others within 5 seconds (not all of them have come)" in said.err
 
 
 def test_a_run_beside_the_folders_of_killed_processes_is_never_removed(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import os
 import pathlib
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -127,25 +128,53 @@ def place_of(folder: pathlib.Path) -> str:
     return _PLACES.get(str(folder), str(folder))
 
 
-def folder(opened: Callable[[pathlib.Path], Any], out: Callable[[], pathlib.Path]) -> Any:
+def folder(opened: Callable[[pathlib.Path, bool], Any], out: Callable[[], pathlib.Path]) -> Any:
     """The run's folder: rank 0's own, and for others one in which lies what that held.
 
     Args:
-        opened: opens the run in a folder.
+        opened: opens the run in a folder; as another process's copy of it, or as rank 0 does.
         out: the folder of the run.
+
+    Raises:
+        RunError: another machine holds the run in a folder of its own, from which rank 0 cannot go on, or
+            has other files or another version.
     """
-    ranks = _ranks()
+    ranks, own = _ranks(), out()
     if ranks is None:
-        return opened(out())
-    runs: list[Any] = []
+        return opened(own, False)
+    from safety_neurons.results.run import RECORD
+
+    here, runs = socket.gethostname(), []
+    held = ranks.gathered(lambda: ((own / RECORD).is_file(), here), "the run's folder")
+    holding = next((host for there, host in held if there), None)
+    if holding is not None and not held[0][0]:
+        raise RunError(
+            f"{str(own)!r} holds a run on {holding} and none on {held[0][1]}, where rank 0 writes; expected "
+            f"one folder that all machines share, or rank 0 on {holding} (torchrun --node_rank 0 there, and "
+            "--master_addr on all), or another --out"
+        )
 
     def first() -> tuple[str, dict[str, bytes]]:
-        runs.append(opened(out()))
+        runs.append(opened(own, False))
         return str(runs[0].folder), _content(runs[0])
 
     named, files = ranks.once(first)
-    if runs:
-        return runs[0]
+
+    def others() -> None:
+        if not runs:
+            runs.append(_copied(opened, named, files))
+
+    try:
+        ranks.gathered(others, "the run")
+    except BaseException:
+        for run in runs:
+            run.abandon()
+        raise
+    return runs[0]
+
+
+def _copied(opened: Callable[[pathlib.Path, bool], Any], named: str, files: dict[str, bytes]) -> Any:
+    """The run in a temporary folder, from the files of rank 0's."""
     from safety_neurons.results.run import Lock
 
     _remove_left()
@@ -158,7 +187,14 @@ def folder(opened: Callable[[pathlib.Path], Any], out: Callable[[], pathlib.Path
         file = place / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(content)
-    run = opened(place)
+    try:
+        run = opened(place, True)
+    except RunError as error:
+        what = str(error).replace(str(place), named).partition("; ")[0]
+        raise RunError(
+            f"rank 0 and process {os.environ['RANK']} on {socket.gethostname()} are given different things "
+            f"({what}); expected the same command, files and version on all machines"
+        ) from None
     lock.release()
     return run
 

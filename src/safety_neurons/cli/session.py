@@ -273,9 +273,10 @@ class Session:
         inputs = inputs_of(self.options, self.reads, self.common)
         self._keeps_run = True
 
-        def opened(out: pathlib.Path) -> RunFolder:
+        def opened(out: pathlib.Path, copied: bool) -> RunFolder:
             self.writes(out)
-            return RunFolder(out, self.verb, self.config, self.common.overwrite, inputs)
+            # A copy is never begun anew: it is held against what rank 0 is given.
+            return RunFolder(out, self.verb, self.config, self.common.overwrite and not copied, inputs)
 
         return processes.folder(opened, lambda: self.into(self.verb))
 

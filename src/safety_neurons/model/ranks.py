@@ -9,12 +9,18 @@ all, and rank 0 alone writes and prints. What one process raises in its share, a
 import contextlib
 import dataclasses
 import datetime
+import ipaddress
+import json
+import math
 import os
+import pathlib
+import re
 import socket
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed
@@ -24,6 +30,8 @@ from safety_neurons.errors import EndedError, RunError, SafetyNeuronsError, Usag
 T = TypeVar("T")
 PATIENCE = 60.0
 """Seconds in which all processes have to be there."""
+SILENCE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4, "TCP_USER_TIMEOUT": 30_000}
+"""When the operating system ends a connection to a machine that does not answer: after half a minute."""
 _HEARD = 0.5
 """Seconds after which a process that waits for others looks whether it was told to end."""
 _LONGEST = datetime.timedelta(days=30)
@@ -33,16 +41,27 @@ _AWHILE = 5.0
 _FAILED = "safety-neurons/failed"
 
 
+class Place(NamedTuple):
+    """Where a process runs."""
+
+    pid: int
+    host: str
+    machine: str
+    """Tells machines apart, which may have the same name, and containers, which count processes anew."""
+    address: str
+    """At which gloo lets the others connect; empty where the user chose the network interface."""
+
+
 @dataclasses.dataclass
 class Job:
     """The processes of one run, and which of them this is."""
 
     rank: int
     size: int
-    store: Any
-    """What the processes share beside their connections: a `torch.distributed` store."""
-    places: list[tuple[int, str]]
-    """Process id and host of every rank."""
+    store: Any = None
+    """What the processes share beside their connections: a `torch.distributed` store, once it is reached."""
+    places: list[Place] = dataclasses.field(default_factory=list)
+    """Of every rank, once all are there."""
     step: int = 0
     """Exchanges so far."""
     waits: threading.Thread | None = None
@@ -59,28 +78,92 @@ def join() -> None:
     RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT).
 
     Raises:
-        RunError: not all of them come within a minute.
+        RunError: not all of them come within a minute, or one waits where others cannot reach it.
     """
     global _job
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    _job = Job(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    problem = _beside(_meet, PATIENCE)
+    if problem is None:
+        return
+    if not isinstance(problem, (RuntimeError, ValueError, OSError)):
+        raise problem
+    raise RunError(
+        f"process {_job.rank} of {_job.size} did not meet the others within {PATIENCE:.0f} seconds "
+        f"({_words(problem)}); expected all of them to run the same command: start it "
+        "by torchrun or accelerate launch, on several machines with GLOO_SOCKET_IFNAME set to the network "
+        "interface between them"
+    )
+
+
+def _meet() -> None:
+    job = _job
+    assert job is not None
     patience = datetime.timedelta(seconds=PATIENCE)
+    # Two connections: whoever asks by one waits while another thread asks by the same.
+    job.store, store = (
+        next(torch.distributed.rendezvous("env://", job.rank, job.size, timeout=patience))[0]
+        for _ in range(2)
+    )
+    keys = [f"safety-neurons/{number}" for number in range(job.size)]
+    job.store.set(keys[job.rank], json.dumps(_place()))
+    job.store.wait(keys, patience)
+    job.places = [Place(*json.loads(job.store.get(key))) for key in keys]
+    for number, place in enumerate(job.places):
+        at = place.address
+        if at and _elsewhere(place.machine) and ipaddress.ip_address(at).is_loopback:
+            raise RunError(
+                f"process {number} of {job.size} would wait for the others at {at}, which the name of its "
+                f"machine ({place.host}) stands for and no other machine reaches; set GLOO_SOCKET_IFNAME on "
+                "every machine to its network interface towards the others (`ip -brief address` lists them)"
+            )
+    torch.distributed.init_process_group(
+        "gloo", store=store, rank=job.rank, world_size=job.size, timeout=patience
+    )
+    torch.distributed.distributed_c10d._set_pg_timeout(_LONGEST)
+    _end_silent_connections()
+
+
+def _place() -> Place:
+    """Where this process runs, and waits for others."""
     try:
-        store, _, _ = next(torch.distributed.rendezvous("env://", rank, size, timeout=patience))
-        keys = [f"safety-neurons/{number}" for number in range(size)]
-        store.set(keys[rank], f"{os.getpid()} {socket.gethostname()}")
-        store.wait(keys, patience)
-        places = [store.get(key).decode().partition(" ") for key in keys]
-        torch.distributed.init_process_group(
-            "gloo", store=store, rank=rank, world_size=size, timeout=patience
-        )
-        torch.distributed.distributed_c10d._set_pg_timeout(_LONGEST)
-    except (RuntimeError, ValueError, OSError) as error:
-        raise RunError(
-            f"process {rank} of {size} did not meet the others within {PATIENCE:.0f} seconds "
-            f"({' '.join(str(error).split())[:120]}); expected all of them to run the same command: start "
-            "it by torchrun or accelerate launch"
-        ) from None
-    _job = Job(rank, size, store, [(int(pid), host) for pid, _, host in places])
+        machine = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        machine += "".join(os.readlink(f"/proc/self/ns/{kind}") for kind in ("pid", "net"))
+    except OSError:
+        machine = socket.gethostname()
+    address = "" if os.environ.get("GLOO_SOCKET_IFNAME") else _address()
+    return Place(os.getpid(), socket.gethostname(), machine, address)
+
+
+def _address() -> str:
+    """What the name of this machine stands for here, as gloo takes it: the first that can be listened at."""
+    with contextlib.suppress(OSError):
+        for family, kind, _, _, place in socket.getaddrinfo(socket.gethostname(), 0, type=socket.SOCK_STREAM):
+            with contextlib.suppress(OSError), socket.socket(family, kind) as probe:
+                probe.bind(place)
+                return str(place[0])
+    return "127.0.0.1"
+
+
+def _elsewhere(machine: str) -> list[str]:
+    """The names of the other machines of the job."""
+    places = _job.places if _job is not None else []
+    return sorted({place.host for place in places if place.machine != machine})
+
+
+def _end_silent_connections() -> None:
+    """Let the operating system end the connections of this process to machines that no longer answer: those
+    who wait for what comes by them set no limit, and a machine that is cut off says nothing.
+    """
+    for descriptor in map(int, os.listdir("/dev/fd")):
+        with contextlib.suppress(OSError):
+            if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+                continue
+            with socket.socket(fileno=os.dup(descriptor)) as connection:
+                if connection.type == socket.SOCK_STREAM and connection.family != socket.AF_UNIX:
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                    for name, value in SILENCE.items():
+                        if hasattr(socket, name):
+                            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def leave() -> None:
@@ -89,12 +172,14 @@ def leave() -> None:
     if _job is None:
         return
     with contextlib.suppress(RuntimeError):
-        keys = [f"safety-neurons/left/{number}" for number in range(_job.size)]
-        _job.store.set(keys[_job.rank], "")
-        if _job.rank == 0 and gone() is None:  # What they share may go with rank 0.
-            _job.store.wait(keys, datetime.timedelta(seconds=_AWHILE))
+        if _job.store is not None:
+            keys = [f"safety-neurons/left/{number}" for number in range(_job.size)]
+            _job.store.set(keys[_job.rank], "")
+            if _job.rank == 0 and gone() is None:  # What they share may go with rank 0.
+                _job.store.wait(keys, datetime.timedelta(seconds=_AWHILE))
     _job = None
-    torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def joined() -> bool:
@@ -173,19 +258,24 @@ def silent() -> bool:
     """
     if _job is None:
         return False
+    until = time.monotonic() + (_AWHILE if _job.rank else 0.0)
     with contextlib.suppress(RuntimeError):
-        until = time.monotonic() + (_AWHILE if _job.rank else 0.0)
-        while time.monotonic() < until and not _job.store.check([_FAILED]):
-            time.sleep(0.05)
-        return bool(_job.store.compare_set(_FAILED, "", str(_job.rank)).decode() != str(_job.rank))
-    return _job.rank > 1  # The store went with rank 0.
+        if _job.store is not None:
+            while time.monotonic() < until and not _job.store.check([_FAILED]):
+                time.sleep(0.05)
+            return bool(_job.store.compare_set(_FAILED, "", str(_job.rank)).decode() != str(_job.rank))
+    time.sleep(max(0.0, until - time.monotonic()))
+    # The store is out of reach, on another machine or gone with rank 0: one of each machine says so.
+    return _job.rank > 1 and os.environ.get("LOCAL_RANK") != "0"
 
 
 def gone() -> str | None:
     """The first of the processes that has ended, in words; None where none of this machine has."""
-    for number, (pid, host) in enumerate(_job.places if _job is not None else ()):
-        if host == socket.gethostname() and not _lives(pid):
-            return f"process {number} of {len(_job.places) if _job else 0} (pid {pid} on {host})"
+    places = _job.places if _job is not None else []
+    here = places[_job.rank].machine if _job is not None and places else ""
+    for number, place in enumerate(places):
+        if place.machine == here and not _lives(place.pid):
+            return f"process {number} of {len(places)} (pid {place.pid} on {place.host})"
     return None
 
 
@@ -228,30 +318,24 @@ def _given(outcome: Any) -> Any:
     return outcome[0]
 
 
-def _exchanged(value: Any, what: str) -> list[Any]:
-    """The values of all processes, by rank.
+def gathered(compute: Callable[[], T], what: str) -> list[T]:
+    """What `compute` gives in every process, by rank, told to all; what it raises in one, all raise."""
+    if count() == 1:
+        return [compute()]
+    return [_given(outcome) for outcome in _exchanged(_attempt(compute), what)]
 
-    The wait is in a thread beside, so that this process still hears when it is told to end.
-    """
+
+def _exchanged(value: Any, what: str) -> list[Any]:
     job = _job
     assert job is not None
     job.step += 1
     received: list[Any] = [None] * job.size
-    problem: list[BaseException] = []
-
-    def exchange() -> None:
-        try:
-            torch.distributed.all_gather_object(received, (job.step, what, value))
-        except Exception as error:
-            problem.append(error)
-
-    job.waits = threading.Thread(target=exchange, daemon=True)
-    job.waits.start()
-    while job.waits.is_alive():
-        job.waits.join(_HEARD)
-    if problem:
-        ended = gone() or f"another process ({' '.join(str(problem[0]).split())[:120]})"
-        raise EndedError(f"{ended} has ended")
+    problem = _beside(lambda: torch.distributed.all_gather_object(received, (job.step, what, value)))
+    if problem is not None:
+        others = " or ".join(_elsewhere(job.places[job.rank].machine))
+        another = f"another process, or the connection to {others}," if others else "another process"
+        lost = f"{another} has ended ({_words(problem)})"
+        raise EndedError(lost if gone() is None else f"{gone()} has ended")
     here = (job.step, what)
     elsewhere = next(((step, text) for step, text, _ in received if (step, text) != here), None)
     if elsewhere is not None:
@@ -260,3 +344,30 @@ def _exchanged(value: Any, what: str) -> list[Any]:
             "files and versions on all machines"
         )
     return [content for _, _, content in received]
+
+
+def _words(problem: Exception) -> str:
+    """What went wrong, without the lines of torch's and gloo's sources where it did."""
+    return re.sub(r"\[\S+:\d+\] ", "", " ".join(str(problem).split()))[:120]
+
+
+def _beside(work: Callable[[], object], seconds: float = math.inf) -> Exception | None:
+    """What `work` raises in a thread, so that this process still hears when it is told to end."""
+    job = _job
+    assert job is not None
+    problem: list[Exception] = []
+
+    def attempt() -> None:
+        try:
+            work()
+        except Exception as error:
+            problem.append(error)
+
+    job.waits = threading.Thread(target=attempt, daemon=True)
+    job.waits.start()
+    until = time.monotonic() + seconds
+    while job.waits.is_alive():
+        if time.monotonic() >= until:
+            return TimeoutError("not all of them have come")
+        job.waits.join(_HEARD)
+    return problem[0] if problem else None
