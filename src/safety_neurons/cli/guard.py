@@ -562,7 +562,8 @@ def evaluate(
             if labelled.answers_harmful is not None:
                 if progress is not None:
                     progress("labelled answers")
-                stopped = stopped_answers(guard, *labelled.read(session, model, some.limit), session.notes)
+                unsafe, safe = labelled.read(session, model, some.limit)
+                stopped = stopped_answers(guard, unsafe, safe, session.notes)
         curves = session.folder.path(CURVES)
         write_json(curves, evaluation.curves)
         session.notes.extend(evaluation.notes)

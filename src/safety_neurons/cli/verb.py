@@ -413,8 +413,8 @@ def run() -> None:
         code = build()(words, prog_name="safety-neurons", standalone_mode=False)
         if code == INTERRUPTED:  # While the command was read: nothing of ours was at work.
             raise KeyboardInterrupt
-    except KeyboardInterrupt as error:
-        fail(f"interrupted: {NOTHING}", INTERRUPTED, error, as_json=as_json, debug=debug)
+    except KeyboardInterrupt as stop:
+        fail(f"interrupted: {NOTHING}", INTERRUPTED, stop, as_json=as_json, debug=debug)
     except Exception as caught:
         error: Any = caught
         if type(error).__name__ == "Abort":  # What some versions make of an interruption.

@@ -41,7 +41,7 @@ _AWHILE = 5.0
 _FAILED = "safety-neurons/failed"
 
 
-class Place(NamedTuple):
+class Running(NamedTuple):
     """Where a process runs."""
 
     pid: int
@@ -60,7 +60,7 @@ class Job:
     size: int
     store: Any = None
     """What the processes share beside their connections: a `torch.distributed` store, once it is reached."""
-    places: list[Place] = dataclasses.field(default_factory=list)
+    places: list[Running] = dataclasses.field(default_factory=list)
     """Of every rank, once all are there."""
     step: int = 0
     """Exchanges so far."""
@@ -107,7 +107,7 @@ def _meet() -> None:
     keys = [f"safety-neurons/{number}" for number in range(job.size)]
     job.store.set(keys[job.rank], json.dumps(_place()))
     job.store.wait(keys, patience)
-    job.places = [Place(*json.loads(job.store.get(key))) for key in keys]
+    job.places = [Running(*json.loads(job.store.get(key))) for key in keys]
     for number, place in enumerate(job.places):
         at = place.address
         if at and _elsewhere(place.machine) and ipaddress.ip_address(at).is_loopback:
@@ -123,7 +123,7 @@ def _meet() -> None:
     _end_silent_connections()
 
 
-def _place() -> Place:
+def _place() -> Running:
     """Where this process runs, and waits for others."""
     try:
         machine = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
@@ -131,7 +131,7 @@ def _place() -> Place:
     except OSError:
         machine = socket.gethostname()
     address = "" if os.environ.get("GLOO_SOCKET_IFNAME") else _address()
-    return Place(os.getpid(), socket.gethostname(), machine, address)
+    return Running(os.getpid(), socket.gethostname(), machine, address)
 
 
 def _address() -> str:
