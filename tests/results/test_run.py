@@ -456,6 +456,18 @@ def test_an_edit_that_keeps_size_and_time_is_seen(tmp_path, prompts):
         opened(tmp_path / "run", prompts)
 
 
+@pytest.mark.parametrize("odd", [None, 0, "", float("nan"), [], {}])
+def test_a_damaged_record_of_what_was_read_is_another_content(tmp_path, prompts, odd):
+    opened(tmp_path / "run", prompts).finish({})
+    file = tmp_path / "run" / "run.json"
+    record = json.loads(file.read_text())
+    for inputs in ({"": odd}, {**record["inputs"]["prompts"], "more": odd}, {"more": odd}, odd):
+        file.write_text(json.dumps({**record, "inputs": {"prompts": inputs}}))
+        with pytest.raises(RunError) as raised:
+            opened(tmp_path / "run", prompts)
+        assert "\n" not in str(raised.value)
+
+
 def test_the_same_content_under_another_name_is_the_same_run(tmp_path, prompts):
     opened(tmp_path / "run", prompts).finish({"n": 1})
     renamed = prompts.rename(tmp_path / "renamed.txt")

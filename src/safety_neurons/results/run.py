@@ -811,7 +811,8 @@ def _changed(before: Any, after: Any) -> str | None:
         return None
     if not isinstance(before, dict) or not isinstance(after, dict):
         return "was not there" if after is not None else "was there"
-    changed = [path for path in sorted({*before, *after}) if before.get(path) != after.get(path)]
+    names = sorted({*before, *after})  # Null is not "not there": a record may be damaged.
+    changed = [at for at in names if (at in before, before.get(at)) != (at in after, after.get(at))]
     counted = f" and {len(changed) - 1} more files" if len(changed) > 1 else ""
     kind = "new" if changed[0] not in before else "gone" if changed[0] not in after else "other content"
     named = f" ({kind}: {changed[0]}{counted})" if changed[0] else ""
