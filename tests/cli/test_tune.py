@@ -180,8 +180,8 @@ def test_a_killed_run_goes_on_and_gives_the_same(tuned, tiny_pair, data, tmp_pat
 
     monkeypatch.setattr(LanguageModel, "complete", completing)
     again = done(*words)
-    assert "untreated/harmful" not in asked
-    assert "tuned/harmful" in asked
+    assert "untreated" not in asked
+    assert "tuned" in asked
     same = (
         "before",
         "after",

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.distributed
 
+from safety_neurons import strict_json
 from safety_neurons.errors import EndedError, RunError, SafetyNeuronsError, UsageError
 
 T = TypeVar("T")
@@ -107,7 +108,7 @@ def _meet() -> None:
     keys = [f"safety-neurons/{number}" for number in range(job.size)]
     job.store.set(keys[job.rank], json.dumps(_place()))
     job.store.wait(keys, patience)
-    job.places = [Running(*json.loads(job.store.get(key))) for key in keys]
+    job.places = [Running(*strict_json.loads(job.store.get(key).decode())) for key in keys]
     for number, place in enumerate(job.places):
         at = place.address
         if at and _elsewhere(place.machine) and ipaddress.ip_address(at).is_loopback:

@@ -5,7 +5,6 @@ where transformers' layers copy all of them to make a longer tensor.
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -13,13 +12,14 @@ ROOM = 64
 """Tokens that there is room for beyond those that are there, where nobody says how many will come."""
 
 
-def appended(held: Tensor, new: Float[Tensor, "row head token feature"], room: int) -> Tensor:
+def appended(held: Tensor, new: Tensor, room: int) -> Tensor:
     """What is held, and the new states behind it along the tokens; nothing that is held moves while there is
     room. Memory that gradients or another mode of autograd need is not written to: all is copied.
 
     Args:
-        held: what a layer of transformers or this function made, some rows or the first tokens of it.
-        new: of as many rows and heads.
+        held: `[row, head, token, feature]`, made by a layer of transformers or by this function; or some
+            rows, or the first tokens, of that.
+        new: the same of other tokens.
         room: tokens to leave room for behind the new ones, where there was none.
     """
     if new.requires_grad or held.requires_grad or held.is_inference() != torch.is_inference_mode_enabled():
@@ -43,13 +43,7 @@ class RoomyLayer(DynamicLayer):
 
     room: int
 
-    def update(
-        self,
-        key_states: Float[Tensor, "row head token key"],
-        value_states: Float[Tensor, "row head token value"],
-        *_: Any,
-        **__: Any,
-    ) -> tuple[Float[Tensor, "row head seen key"], Float[Tensor, "row head seen value"]]:
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Adds the states of new tokens, gives those of all."""
         if not self.get_seq_length():
             return super().update(key_states, value_states)
@@ -61,13 +55,7 @@ class RoomySlidingWindowLayer(DynamicSlidingWindowLayer):
 
     room: int
 
-    def update(
-        self,
-        key_states: Float[Tensor, "row head token key"],
-        value_states: Float[Tensor, "row head token value"],
-        *_: Any,
-        **__: Any,
-    ) -> tuple[Float[Tensor, "row head seen key"], Float[Tensor, "row head seen value"]]:
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Adds the states of new tokens, gives those that the tokens see."""
         total = self.cumulative_length + key_states.shape[-2]
         whole = total < self.sliding_window and not getattr(self, "record_past", False)
