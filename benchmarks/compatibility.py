@@ -4,14 +4,16 @@
     python benchmarks/compatibility.py --table          # prints the table of what is there
 
 For each row a virtual environment is made with that Python, the wheel of this tree is installed without
-extras beside the row's versions (torch is pinned, since a looser one brings a build for GPUs), and in it
+extras beside the row's versions (torch first and alone, so that nothing later chooses another), and in it
 
 1. `demo --quick`, to its report;
 2. every verb that needs no extra, on a tiny pair of models (`tests/every_verb.py`), and the help of others;
 3. `doctor` on a tiny random model of every family of the contract test (`tests/families.py`).
 
 All rows are in benchmarks/results/compatibility.json; a row whose Python or versions the index does not have
-says so. Rows are what was measured, not what is promised. An environment that is there is used as it is.
+says so. Rows are what was measured, not what is promised. An environment that is there keeps its versions and
+gets this tree's wheel. `lower bounds` has of every dependency the lowest version that pyproject.toml allows.
+A build of torch for GPUs, which the index has for most versions, takes about 6 GB; it is run without one.
 """
 
 import argparse
@@ -21,11 +23,19 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import tomllib
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "compatibility.json"
+DEPENDENCIES: list[str] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+    "dependencies"
+]
+BOUNDS = {name: bound.split(",")[0] for name, bound in (one.split(">=") for one in DEPENDENCIES)}
+"""By dependency the lowest version that is allowed, torch first as in the file."""
+
 ROWS: dict[str, tuple[str, dict[str, str]]] = {
+    "lower bounds": ("3.11", BOUNDS),
     "oldest": (
         "3.11",
         {"torch": "2.13.0", "transformers": "4.57.1", "peft": "0.18.0", "accelerate": "1.10.0"},
@@ -34,10 +44,10 @@ ROWS: dict[str, tuple[str, dict[str, str]]] = {
     "old peft": ("3.11", {"torch": "2.13.0", "peft": "0.18.0"}),
     "newest": ("3.11", {"torch": "2.13.0"}),
     "torch 2.14": ("3.11", {"torch": "2.14.1"}),
-    "torch 2.6": ("3.11", {"torch": "2.6.0"}),
-    "Python 3.12": ("3.12", {"torch": "2.13.0"}),
-    "Python 3.13": ("3.13", {"torch": "2.13.0"}),
-    "Python 3.14": ("3.14", {"torch": "2.13.0"}),
+    "old torch": ("3.11", {"torch": BOUNDS["torch"]}),
+    "Python 3.12": ("3.12", {"torch": "2.14.1"}),
+    "Python 3.13": ("3.13", {"torch": "2.14.1"}),
+    "Python 3.14": ("3.14", {"torch": "2.14.1"}),
 }
 """By row its Python, and versions; what is not named is the newest of the index."""
 
@@ -116,16 +126,21 @@ def measured(row: str, work: pathlib.Path, package: pathlib.Path) -> dict[str, A
     home = work / row.replace(" ", "-")
     here = str(home / "bin" / "python")
     pip = [here, "-m", "pip", "--quiet"]
-    if not home.is_dir():
+    steps, new = [["--no-deps", "--force-reinstall", str(package)]], not home.is_dir()
+    if new:
         run([interpreter, "-m", "venv", str(home)])
         wanted = [f"{name}=={version}" for name, version in versions.items()]
-        for names in ([wanted[0]], [str(package), *wanted]):
-            installed = run([*pip, "install", "--disable-pip-version-check", *names])
-            if installed.returncode:
+        steps = [[wanted[0]], [str(package), *wanted]]
+    for names in steps:
+        installed = run([*pip, "install", "--disable-pip-version-check", *names])
+        if installed.returncode:
+            if new:
                 shutil.rmtree(home, ignore_errors=True)
-                return {"python": python, "why": installed.stderr.strip().splitlines()[-1][:300]}
+            return {"python": python, "why": installed.stderr.strip().splitlines()[-1][:300]}
     frozen = dict(
-        line.split("==") for line in run([*pip, "freeze"]).stdout.splitlines() if line.count("==") == 1
+        line.lower().replace("_", "-").split("==")
+        for line in run([*pip, "freeze"]).stdout.splitlines()
+        if line.count("==") == 1
     )
     with tempfile.TemporaryDirectory(dir=work) as place:
         demo = run([here, "-m", "safety_neurons", "demo", "--quick", "--out", "demo"], cwd=place)
@@ -136,9 +151,7 @@ def measured(row: str, work: pathlib.Path, package: pathlib.Path) -> dict[str, A
         }
     return {
         "python": run([here, "-c", "import platform; print(platform.python_version())"]).stdout.strip(),
-        "versions": {
-            name: frozen.get(name) for name in ("torch", "transformers", "peft", "accelerate", "numpy")
-        },
+        "versions": {name: frozen.get(name) for name in BOUNDS},
         "demo": "ends with its report" if demo.returncode == 0 else (demo.stderr or demo.stdout)[-300:],
         **{
             name: json.loads(done.stdout.splitlines()[-1])
@@ -200,7 +213,8 @@ def main() -> None:
         work.mkdir(parents=True, exist_ok=True)
         package = wheel(work)
         for row in given.rows:
-            rows = {**recorded(), row: measured(row, work, package)}
+            found = measured(row, work, package)
+            rows = {**recorded(), row: found}  # read last: another process may have measured others meanwhile
             record = {
                 "benchmark": "compatibility",
                 "rows": {name: rows[name] for name in ROWS if name in rows},
