@@ -97,7 +97,8 @@ class Machines:
         for number, place in enumerate(machines):
             launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
             launch += ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"{ADDRESSES[0]}:{port}"]
-            launch += ["--rdzv_conf", f"is_host={int(number == 0)}", "-m", "safety_neurons", *words]
+            launch += ["--rdzv_conf", f"is_host={int(number == 0)}", "--local_addr", ADDRESSES[number]]
+            launch += ["-m", "safety_neurons", *words]
             with self.said[number].open("w") as said:
                 self.launchers.append(
                     subprocess.Popen(
