@@ -339,11 +339,22 @@ def test_rows_that_have_ended_leave_a_patched_batch_and_its_donors(
     assert min(rows) < max(rows)
 
 
+def makes_streams() -> bool:
+    """Whether torch has streams here: a build for GPUs has none where there is no GPU."""
+    try:
+        torch.Stream()
+    except RuntimeError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("kind", ["two models", "ia3"])
 @pytest.mark.parametrize("implementation", ["static", "offloaded"])
 def test_a_cache_that_cannot_be_followed_is_refused(
     kind: str, implementation: str, batch: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
+    if implementation == "offloaded" and not makes_streams():
+        pytest.skip("this build of torch makes no stream on this machine, so no cache is off-loaded")
     base, donor = pair_of("llama") if kind == "two models" else shared_pair(kind)
     with patched(base, donor, some(base)), pytest.raises(DecodeError, match="cannot follow"):
         generated(base, *batch, STEPS, cache_implementation=implementation)

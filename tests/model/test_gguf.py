@@ -43,7 +43,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz.?'ĠĊ"
 def model() -> transformers.Qwen2ForCausalLM:
     torch.manual_seed(0)
     config = transformers.Qwen2Config(
-        vocab_size=len(LETTERS) + 3,
+        vocab_size=len(LETTERS) + 4,
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
@@ -81,9 +81,9 @@ def file(original, tmp_path_factory) -> pathlib.Path:
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2")
-    writer.add_token_list(["<|endoftext|>", "<|im_end|>", *LETTERS, "ab"])
-    writer.add_token_types([3, 3] + [1] * (len(LETTERS) + 1))
-    writer.add_token_merges(["a b"])
+    writer.add_token_list(["<|endoftext|>", "<|im_end|>", *LETTERS, "ab", "abc"])
+    writer.add_token_types([3, 3] + [1] * (len(LETTERS) + 2))
+    writer.add_token_merges(["a b", "ab c"])  # transformers 4 takes an array of one for its element
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
     writer.add_chat_template("{% for m in messages %}{{ m['content'] }}?{% endfor %}")
