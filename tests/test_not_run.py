@@ -19,6 +19,7 @@ MEANINGLESS_HERE = (
     "one shared pair is enough",
     "transformers 4 has no experts interface",
     "transformers 4 cannot make this model",
+    "this build of torch makes no stream on this machine, so no cache is off-loaded",
 )
 """Reasons that no installation changes."""
 
