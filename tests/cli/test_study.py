@@ -2,12 +2,15 @@
 
 import json
 import pathlib
+import re
+import sys
 
 import pytest
 from running import command
 
 from safety_neurons import load
 from safety_neurons.neurons import NeuronSet
+from safety_neurons.studies import lasting
 from tiny_pair import HARMFUL, HARMLESS
 
 
@@ -143,6 +146,49 @@ def test_defences_are_one_command_with_a_figure(words, tiny_pair, tmp_path):
     shown = command(*line, "--out", tmp_path / "run").out
     assert "does best" in shown
     assert "LoX - SN-Tune" in shown
+
+
+DEFENDED = ["--rates", "0.01,0.02", "--steps", "1,2", "--max-perplexity", 1e6]
+STUDIES = {
+    "rsn": ["--arms", "none,SN-Tune,protected,random", "--steps", 1],
+    "stress": ["--pruned", "0.5,1", "--harmful-steps", "1,2", "--benign-steps", 1, "--scales", "0,0.5"],
+    "defences": ["--arms", "none,SN-Tune,lox,protected,random", "--mixtures", "benign", *DEFENDED],
+}
+
+
+@pytest.mark.parametrize("kind", STUDIES)
+def test_a_plan_counts_what_the_study_trains_and_measures(kind, words, tiny_pair, tmp_path, monkeypatch):
+    done = dict.fromkeys(("tuned", "fine-tuned", "measured"), 0)
+
+    def counted(name, function):
+        def call(*given, **named):
+            done[name] += 1
+            return function(*given, **named)
+
+        return call
+
+    monkeypatch.setattr(lasting, "train", counted("tuned", lasting.train))
+    monkeypatch.setattr(lasting.Lab, "point", counted("measured", lasting.Lab.point))
+    fine_tune = counted("fine-tuned", lasting.fine_tune)
+    for name in ("lasting", "attacks", "defences"):
+        # By its whole name: the package has a function under the module's own.
+        monkeypatch.setattr(sys.modules[f"safety_neurons.studies.{name}"], "fine_tune", fine_tune)
+    line = ["study", kind, *words, *STUDIES[kind], "--text", tiny_pair.text]
+    if kind == "stress":
+        line += ["--attack", words[words.index("--mixed") + 1]]
+    plan = command(*line, "--dry-run")
+    assert plan.code == 0, plan
+    run = command(*line, "--out", tmp_path / "run")
+    assert run.code == 0, run
+    passes = {
+        name.strip(): int(times or 1)
+        for name, times in re.findall(
+            r"^ *([a-z -]+): [0-9,]+ texts, (?:([0-9]+) × )?", plan.out + plan.err, re.MULTILINE
+        )
+    }
+    assert passes["tuning"] == 3 * done["tuned"]
+    assert passes["fine-tuning"] + passes.get("harmful fine-tuning", 0) == 3 * done["fine-tuned"]
+    assert passes["perplexity"] == done["measured"]
 
 
 @pytest.mark.parametrize(

@@ -490,45 +490,77 @@ def _doctor(planner: Planner) -> "list[Work]":
 def _study(planner: Planner) -> "list[Work]":
     """Sets are found, safety is tuned, then every arm is fine-tuned and measured, seed by seed."""
     options, kind = planner.options, planner.words[1]
-    arms = len(listed(options.get("arms")) or (1,) * (10 if kind == "defences" else 5))
-    points = 2
-    if kind == "stress":
-        points = 20
-        arms = 2
-    elif kind == "defences":
-        points = (
-            len(listed(options["mixtures"]) or ())
-            * len(options["rates"].split(","))
-            * len(options["steps"].split(","))
-        )
     seeds = options["seeds"]
     data = planner.lengths("data", limit=options["data_limit"])
     mixed = planner.lengths("mixed", limit=None)[: round(options["mix"] * len(data))]
     task = planner.lengths("task", limit=None)
-    steps = max(
-        int(float(part)) for part in str(options.get("steps", options.get("benign_steps"))).split(",")
-    )
-    batch = options["task_batch"]
-    examples = (task * (steps * batch // max(1, len(task)) + 1))[: steps * batch]
     whole = planner.outline.n_parameters if options["downstream"] == "full" else planner.entries(0.01)
+
+    def learnt(what: str, texts: tuple[int, ...], steps: Any, times: int, entries: int) -> "Work":
+        """As many examples as the longest fine-tune takes."""
+        wanted = max(int(float(part)) for part in str(steps).split(",")) * options["task_batch"]
+        examples = (texts * (wanted // max(1, len(texts)) + 1))[:wanted]
+        return planner.trained(what, examples, times, entries)
+
     works = []
     if options["neurons"] is None:
         method = with_options(options["method"])
         works += planner.found(method, planner.lengths("prompts", limit=None))
         works += planner.found(method, planner.lengths("general", limit=None))
-    runs = arms * seeds * max(1, points // 2)
-    return [
-        *works,
-        planner.trained(
-            "tuning",
-            (*data, *mixed),
-            options["epochs"] * (arms - 1) * seeds,
-            planner.entries(options["share"]),
-        ),
-        planner.trained("fine-tuning", examples, runs, whole),
-        planner.asked(arms * seeds * points, "harmful", "harmless"),
-        planner.measured(arms * seeds * points),
-    ]
+    tunings, fine_tunes, points = (
+        _defended(options, kind, seeds)
+        if kind != "stress"
+        else (seeds, 2 * seeds, _attacked(options) * seeds)
+    )
+    tuned = planner.entries(options["share"])
+    works.append(planner.trained("tuning", (*data, *mixed), options["epochs"] * tunings, tuned))
+    if kind != "stress":
+        works.append(learnt("fine-tuning", task, options["steps"], fine_tunes, whole))
+        works.append(planner.asked(points, "harmful", "harmless", "task_test"))
+        return [*works, planner.measured(points)]
+    attacks = [name.lower() for name in listed(options["attacks"]) or ("harmful", "benign")]
+    if "harmful" in attacks:
+        low = planner.entries(0.01)
+        works.append(learnt("harmful fine-tuning", data, options["harmful_steps"], fine_tunes, low))
+    works.append(planner.asked(points, "harmful"))
+    if "benign" in attacks:
+        works.append(learnt("fine-tuning", task, options["benign_steps"], fine_tunes, whole))
+        works.append(planner.asked(fine_tunes, "task_test"))
+    return [*works, planner.measured(points)]
+
+
+def _attacked(options: Any) -> int:
+    """How often `study stress` looks at the two models of one seed."""
+    counts = {
+        name: len(str(options[name]).split(","))
+        for name in ("pruned", "directions", "harmful_steps", "benign_steps", "scales")
+    }
+    looks = {
+        "prune": 4 * counts["pruned"],
+        "abliterate": 4 * counts["directions"],
+        "subtract": counts["scales"],
+        "harmful": 2 * counts["harmful_steps"],
+        "benign": 2 * counts["benign_steps"],
+    }
+    return 2 + sum(looks[name.lower()] for name in listed(options["attacks"]) or looks)
+
+
+def _defended(options: Any, kind: str, seeds: int) -> tuple[int, int, int]:
+    """How many tunings, fine-tunes and points `study rsn` or `study defences` has."""
+    whole = ("none", "sn-tune", "rsn-tune", "random", "protected")
+    names = [name.lower() for name in listed(options["arms"]) or ()]
+    arms = len(names) or (10 if kind == "defences" else len(whole))
+    names = names or list(whole)
+    # What begins with SN-Tune shares one tuning of a seed.
+    kinds = {name if name in ("rsn-tune", "random") else "sn-tune" for name in names if name != "none"}
+    tunings = len(kinds) * seeds
+    if kind == "rsn":
+        # The untuned model is measured once, and what is protected has been measured as SN-Tune's.
+        known = (seeds - 1) * ("none" in names) + seeds * ({"sn-tune", "protected"} <= set(names))
+        return tunings, arms * seeds, 2 * arms * seeds - known
+    rates = len(listed(options["mixtures"]) or ()) * len(str(options["rates"]).split(","))
+    steps = len(str(options["steps"]).split(","))
+    return tunings, arms * rates * seeds, arms * (rates * steps + 1) * seeds
 
 
 WORKS: dict[str, Callable[[Planner], "list[Work]"]] = {
