@@ -67,7 +67,11 @@ def original():
 
 @pytest.fixture(scope="module")
 def file(original, tmp_path_factory) -> pathlib.Path:
-    path = tmp_path_factory.mktemp("gguf") / "tiny model.gguf"
+    return written(original, tmp_path_factory.mktemp("gguf") / "tiny model.gguf")
+
+
+def written(original, path: pathlib.Path, without: str = "", beside: tuple[str, ...] = ()) -> pathlib.Path:
+    """The GGUF file of a model, without one of its tensors, with others beside them."""
     config = original.config
     writer = writing.GGUFWriter(str(path), "qwen2")
     writer.add_context_length(config.max_position_embeddings)
@@ -91,7 +95,10 @@ def file(original, tmp_path_factory) -> pathlib.Path:
         stem, _, kind = name.rpartition(".")
         layer = stem.removeprefix("model.layers.").split(".", 1) if stem.startswith("model.layers.") else None
         short = f"blk.{layer[0]}.{NAMES[layer[1]]}" if layer else NAMES[stem]
-        writer.add_tensor(f"{short}.{kind}", value.numpy())
+        if f"{short}.{kind}" != without:
+            writer.add_tensor(f"{short}.{kind}", value.numpy())
+    for name in beside:
+        writer.add_tensor(name, np.ones(8, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -143,6 +150,31 @@ def test_two_kinds_of_damage_and_an_empty_file(file, tmp_path):
     renamed = tmp_path / "renamed.bin"
     renamed.write_bytes(whole)
     assert sn.load(renamed).model.config.model_type == "qwen2"
+
+
+def test_a_file_without_one_of_its_weights_is_refused_each_time_and_nothing_of_it_is_kept(
+    original, cache, tmp_path
+):
+    path = written(original, tmp_path / "model-00001-of-00002.gguf", without="blk.1.ffn_up.weight")
+    for _ in range(2):
+        with pytest.raises(
+            ModelError, match=r"1 weights .* not in the file \(model\.layers\.1\.mlp\.up_proj"
+        ):
+            sn.load(path)
+    assert [place for place in cache.iterdir() if place.is_dir()] == []
+
+
+def test_what_no_weight_is_made_of_is_said_at_every_load(original, file, tmp_path):
+    path = written(original, tmp_path / "more.gguf", beside=("rope_freqs.weight", "blk.0.other.weight"))
+    for _ in range(2):
+        (note,) = [note for note in sn.load(path).notes if "numbers of" in note]
+        assert note.startswith("16 of the ")
+        assert "rope_freqs.weight" in note
+    assert not any("numbers of" in note for note in sn.load(file).notes)
+    # Without an output matrix the embedding is the output too, in GGUF as in transformers.
+    tied = sn.load(written(original, tmp_path / "tied.gguf", without="output.weight"))
+    assert torch.equal(tied.model.lm_head.weight, original.model.embed_tokens.weight)
+    assert not any("numbers of" in note for note in tied.notes)
 
 
 def test_without_the_package_the_error_says_what_to_install(file, monkeypatch):

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import filelock
@@ -32,6 +32,8 @@ REAL = "real:"
 """Before the name of a packaged checkpoint, as a model is named."""
 CONVERSION = 1
 """Counts up when the same file would give another folder."""
+LEFT_OUT = "left-out.txt"
+"""Beside converted weights: what of the file is in none of them. A note of every load, not of the first alone."""
 
 
 def is_gguf(path: pathlib.Path) -> bool:
@@ -55,20 +57,26 @@ def converted(path: pathlib.Path) -> pathlib.Path:
     processes that ask for the same file at once wait for one another.
 
     Args:
-        path: The GGUF file; of a model in several files, the first.
+        path: The GGUF file, the whole model in it.
 
     Raises:
-        ModelError: Damaged, of an architecture that cannot be converted, or the package `gguf` is not
-        installed. RunError: The cache cannot be written.
+        ModelError: Damaged, without some of its weights, of an architecture that cannot be converted, or the
+        package `gguf` is not installed. RunError: The cache cannot be written.
     """
     folder = cache_folder() / f"{path.stem[:60]}-{file_sha256(path)[:16]}-{CONVERSION}"
     if not folder.is_dir():
         with _locked(folder):
             if not folder.is_dir():  # another process may have made it while this one waited
-                _check(path)
+                held = _check(path)
                 with whole_folder(folder) as partial:
-                    _convert(path, partial)
+                    _convert(path, partial, held)
     return folder
+
+
+def left_out(folder: pathlib.Path) -> list[str]:
+    """What a conversion left out of the folder that it made, in a sentence; nothing where all is there."""
+    place = folder / LEFT_OUT
+    return [place.read_text(encoding="utf-8")] if place.is_file() else []
 
 
 @contextlib.contextmanager
@@ -88,8 +96,10 @@ def _locked(folder: pathlib.Path) -> Iterator[None]:
         lock.release()
 
 
-def _check(path: pathlib.Path) -> None:
-    """Refuse what is no whole GGUF file before anything is loaded."""
+def _check(path: pathlib.Path) -> dict[str, int]:
+    """How many numbers each tensor of the file holds; what is no whole GGUF file is refused before anything is
+    loaded.
+    """
     try:
         import gguf
     except ImportError:
@@ -114,9 +124,10 @@ def _check(path: pathlib.Path) -> None:
         raise ModelError(
             f"{path}: {path.stat().st_size:,} bytes, its header asks for {end:,}; download it again"
         )
+    return {str(tensor.name): int(tensor.n_elements) for tensor in reader.tensors}
 
 
-def _convert(path: pathlib.Path, folder: pathlib.Path) -> None:
+def _convert(path: pathlib.Path, folder: pathlib.Path, held: Mapping[str, int]) -> None:
     import transformers
 
     place: dict[str, Any] = {
@@ -125,13 +136,30 @@ def _convert(path: pathlib.Path, folder: pathlib.Path) -> None:
         "local_files_only": True,
     }
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            **place, dtype=torch.float32, output_loading_info=True
+        )
         tokenizer = transformers.AutoTokenizer.from_pretrained(**place)
     except Exception as error:  # transformers raises errors of many kinds for what it cannot map
         raise ModelError(
             f"{path}: transformers {transformers.__version__} cannot convert it ({first_line(error)}); "
             "expected an architecture that it reads from GGUF; give the original checkpoint"
         ) from error
+    # transformers fills up with random numbers what a file lacks, and passes over tensors it has no name for.
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(
+            f"{path}: {len(missing)} weights of the model are not in the file ({missing[0]}); expected all of "
+            "them in one file: join the parts, or give the original checkpoint"
+        )
+    known = {value.data_ptr(): value.numel() for value in model.state_dict().values()}
+    if (lost := sum(held.values()) - sum(known.values())) > 0:
+        rotary = ", ".join(name for name in held if name.startswith("rope_"))
+        (folder / LEFT_OUT).write_text(
+            f"{lost:,} of the {sum(held.values()):,} numbers of {path.name} are in no weight that transformers "
+            f"{transformers.__version__} reads{f' ({rotary}: positions are turned otherwise)' if rotary else ''}; "
+            "where the file's own program uses them it computes something else",
+            encoding="utf-8",
+        )
     # The weights are plain float32 now: a folder that still said "quantised" would be loaded as something it
     # is not.
     for name in ("quantization_config", "_pre_quantization_dtype"):

@@ -33,7 +33,7 @@ from safety_neurons.model.files import (
     refuse_sizes,
     weight_files,
 )
-from safety_neurons.model.gguf import REAL, converted, is_gguf, packaged
+from safety_neurons.model.gguf import REAL, converted, is_gguf, left_out, packaged
 from safety_neurons.model.language_model import LanguageModel
 from safety_neurons.model.placement import Placement
 from safety_neurons.model.template import Prompting
@@ -227,6 +227,7 @@ def _views(
     model, tokenizer, notes = _base(base, loading)
     if is_gguf(Path(named_base := parse_spec(specs[0]).base)):
         notes.append(f"{named_base} was dequantised to float32, once, into {base}")
+        notes += left_out(base)
     notes += foreign_base(named_base, base, adapters, configs)
     notes += [note for folder in adapters if (note := resized_vocabulary(model, folder))]
     model = (merge if loading.merge_adapters else attach)(model, adapters, configs)
