@@ -33,7 +33,9 @@ REAL = "real:"
 CONVERSION = 1
 """Counts up when the same file would give another folder."""
 LEFT_OUT = "left-out.txt"
-"""Beside converted weights: what of the file is in none of them. A note of every load, not of the first alone."""
+"""Beside converted weights: what of the file is in none of them. A note of every load, not of the first
+alone.
+"""
 
 
 def is_gguf(path: pathlib.Path) -> bool:
@@ -97,8 +99,9 @@ def _locked(folder: pathlib.Path) -> Iterator[None]:
 
 
 def _check(path: pathlib.Path) -> dict[str, int]:
-    """How many numbers each tensor of the file holds; what is no whole GGUF file is refused before anything is
-    loaded.
+    """How many numbers each tensor of the file holds.
+
+    Refuses what is no whole GGUF file before anything is loaded.
     """
     try:
         import gguf
@@ -148,16 +151,17 @@ def _convert(path: pathlib.Path, folder: pathlib.Path, held: Mapping[str, int]) 
     # transformers fills up with random numbers what a file lacks, and passes over tensors it has no name for.
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
-            f"{path}: {len(missing)} weights of the model are not in the file ({missing[0]}); expected all of "
-            "them in one file: join the parts, or give the original checkpoint"
+            f"{path}: {len(missing)} weights of the model are not in the file ({missing[0]}); expected all "
+            "of them in one file: join the parts, or give the original checkpoint"
         )
     known = {value.data_ptr(): value.numel() for value in model.state_dict().values()}
     if (lost := sum(held.values()) - sum(known.values())) > 0:
         rotary = ", ".join(name for name in held if name.startswith("rope_"))
+        turned = f" ({rotary}: positions are turned otherwise)" if rotary else ""
         (folder / LEFT_OUT).write_text(
-            f"{lost:,} of the {sum(held.values()):,} numbers of {path.name} are in no weight that transformers "
-            f"{transformers.__version__} reads{f' ({rotary}: positions are turned otherwise)' if rotary else ''}; "
-            "where the file's own program uses them it computes something else",
+            f"{lost:,} of the {sum(held.values()):,} numbers of {path.name} are in no weight that "
+            f"transformers {transformers.__version__} reads{turned}; where the file's own program uses them "
+            "it computes something else",
             encoding="utf-8",
         )
     # The weights are plain float32 now: a folder that still said "quantised" would be loaded as something it
