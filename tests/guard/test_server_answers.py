@@ -87,6 +87,11 @@ def test_whole_answers_are_judged_for_post_call(served: str, guard: Guard, model
         f"{served}/beta/litellm_basic_guardrail_api", json={"input_type": "response", "texts": []}
     )
     assert nothing.json()["action"] == "BLOCKED"
+    image = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}
+    seen = {"input_type": "response", "texts": ["cake"], "structured_messages": [image]}
+    said = httpx.post(f"{served}/beta/litellm_basic_guardrail_api", json=seen)
+    assert (said.status_code, said.json()["action"]) == (200, "BLOCKED")
+    assert "cannot read" in said.json()["blocked_reason"]
 
 
 def test_a_whole_answer_is_as_unsafe_as_its_largest_check(guard: Guard, model: LanguageModel) -> None:

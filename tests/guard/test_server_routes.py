@@ -2,19 +2,24 @@
 front of an upstream.
 """
 
+import asyncio
 import json
 
 import httpx
 import openai
 import pytest
 from guarded import texts, tiny_guard, tiny_model
-from server_tools import TOKEN, UNSAFE, Words, running, service
+from server_tools import TOKEN, UNSAFE, Fed, Words, running, service
 
 from safety_neurons.guard import Guard
+from safety_neurons.guard.features import RequestReading
 from safety_neurons.guard.server import Limits, Settings, serve_guard
+from safety_neurons.guard.server.local import RawPrompt
 from safety_neurons.guard.server.upstream import Events
+from safety_neurons.guard.verdict import ASKED, WHOLE
 from safety_neurons.guard.watching import REFUSAL
 from safety_neurons.model import LanguageModel
+from safety_neurons.prompt_lists import Prompt
 
 NEW = 6
 WEB = httpx.Client(verify=False, timeout=60)
@@ -263,6 +268,9 @@ def test_whatever_an_upstream_may_show_its_model_is_judged(proxy, upstream, body
         ({"input": [{"type": "input_image", "image_url": "x"}]}, "input[0]"),
         ({"input": [{"role": "user", "content": "x", "id": f"plan-an-{UNSAFE}"}]}, "input[0]"),
         ({"input": "bake", "truncation": BAD}, "truncation"),
+        ({"input": [{"type": "function_call", "name": "f", "content": BAD}]}, "input[0]"),
+        ({"input": [{"type": "function_call", "name": "f", "role": "user"}]}, "input[0]"),
+        ({"input": [{"type": "function_call_output", "output": "x", "content": BAD}]}, "input[0]"),
     ],
     ids=str,
 )
@@ -271,6 +279,25 @@ def test_what_the_guard_cannot_read_does_not_go_upstream(proxy, upstream, body, 
     said = WEB.post(f"{proxy}/v1/responses", json={"model": "far", **body}, headers={"X-Api-Key": TOKEN})
     assert (said.status_code, said.json()["error"]["param"]) == (400, field)
     assert len(upstream.bodies) == before
+
+
+def test_a_text_fed_as_it_is_never_answers_for_the_same_text_as_a_turn():
+    """The same words without a template around them, where a guard that reads ends sees no harm."""
+
+    class Ends(Words):
+        def prepare(self, prompt):
+            return Fed(["cake"]) if isinstance(prompt, RawPrompt) else super().prepare(prompt)
+
+    raw, turn = RequestReading(WHOLE, RawPrompt("0", BAD)), RequestReading(ASKED, Prompt("0", BAD))
+    served = service(Ends())
+
+    async def work():
+        served.engine.start()
+        found = [await served.gate.look(ways) for ways in ([turn], [raw, turn], [raw, turn], [turn])]
+        await served.engine.close()
+        return [[outcome.flagged for outcome in some] for some in found]
+
+    assert asyncio.run(work()) == [[True], [False, True], [False, True], [True]]
 
 
 def test_streams_that_break_off_end_in_an_error(far, upstream):

@@ -130,28 +130,31 @@ class Verdicts:
             )
         if request.images:
             return self._unread("images are not read by the guard", noted)
-        if request.input_type == "response":
-            return await self._answered(request, noted)
-        texts = list(request.texts or ())
-        asked = [readings(Prompt(str(number), text)) for number, text in enumerate(texts)]
+        try:
+            asked = self._answers(request) if request.input_type == "response" else self._requests(request)
+        except Problem as problem:
+            if problem.code != "unreadable_content":
+                raise
+            return self._unread(problem.message, noted)
+        if not asked:  # what cannot be shown as text, token ids say, comes as nothing
+            return self._unread("there is nothing that the guard can read", noted)
+        reasons = ANSWER_REASONS if request.input_type == "response" else REASONS
+        return self._decided(await self._judged(asked, GUARDRAIL, noted), reasons)
+
+    def _requests(self, request: GuardrailRequest) -> list[list[RequestReading]]:
+        """The readings of the conversation or the texts, and of tools and their calls."""
+        asked = [readings(Prompt(str(number), text)) for number, text in enumerate(request.texts or ())]
         if request.structured_messages:
-            try:
-                whole = conversation(request.structured_messages, self.settings.limits.messages)
-            except Problem as problem:
-                if problem.code != "unreadable_content":
-                    raise
-                return self._unread(problem.message, noted)
+            whole = conversation(request.structured_messages, self.settings.limits.messages)
             read = {turn.content for way in whole for turn in way.prompt.turns}
             asked = [whole, *(ways for ways in asked if ways[0].prompt.text not in read)]
         for name, values in (("tools", request.tools), ("tool_calls", request.tool_calls)):
             asked += (
                 [[RequestReading(name, Prompt(name, text)) for text in texts_in(values)]] if values else []
             )
-        if not asked:  # what cannot be shown as text, token ids say, comes as nothing
-            return self._unread("there is nothing that the guard can read", noted)
-        return self._decided(await self._judged(asked, GUARDRAIL, noted))
+        return asked
 
-    async def _answered(self, request: GuardrailRequest, noted: dict[str, Any]) -> dict[str, Any]:
+    def _answers(self, request: GuardrailRequest) -> list[list[RequestReading]]:
         """Answers of a model (mode `post_call`), each behind the conversation where that is given; calls of
         tools are answers too.
         """
@@ -159,22 +162,16 @@ class Verdicts:
         if request.structured_messages:
             asked = conversation(request.structured_messages, self.settings.limits.messages)[0].prompt
         texts = [*(request.texts or ()), *(texts_in(request.tool_calls) if request.tool_calls else ())]
-        if not texts:
-            return self._unread("there is nothing that the guard can read", noted)
-        answers = [
+        return [
             [RequestReading(f"answer {place}", dataclasses.replace(asked, answer=text))]
             for place, text in enumerate(texts, 1)
         ]
-        return self._decided(await self._judged(answers, GUARDRAIL, noted), ANSWER_REASONS)
 
-    def _decided(
-        self, outcomes: Sequence[Outcome], reasons: Mapping[str, str] | None = None
-    ) -> dict[str, Any]:
-        said = reasons or REASONS
+    def _decided(self, outcomes: Sequence[Outcome], reasons: Mapping[str, str]) -> dict[str, Any]:
         held = next((outcome for outcome in outcomes if outcome.held), None)
         if held is None:
             return {"action": "NONE", "blocked_reason": None}
-        return {"action": "BLOCKED", "blocked_reason": said.get(held.status, said["error"])}
+        return {"action": "BLOCKED", "blocked_reason": reasons.get(held.status, reasons["error"])}
 
     def _unread(self, reason: str, noted: dict[str, Any]) -> dict[str, Any]:
         """What the guard cannot read is not safe, unless the server fails open or only watches."""

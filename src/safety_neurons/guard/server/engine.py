@@ -29,6 +29,7 @@ from safety_neurons.guard.features import RequestReading
 from safety_neurons.guard.server.door import Metrics, Settings
 from safety_neurons.guard.server.shapes import Problem, busy, closing, too_long, too_many_characters
 from safety_neurons.guard.verdict import WHOLE, counting, largest
+from safety_neurons.prompt_lists import Prompt
 
 _SMOOTHING = 0.2
 _CHARACTERS_A_TURN = 1 << 16
@@ -567,14 +568,7 @@ class VerdictGate:
         Raises:
             Problem: As for `judge`.
         """
-        keys = [
-            hashlib.sha256(
-                json.dumps(
-                    [*((turn.role, turn.content) for turn in way.prompt.turns), way.prompt.answer]
-                ).encode()
-            ).digest()
-            for way in ways
-        ]
+        keys = [_key(way.prompt) for way in ways]
         found = {
             place: self._known[key]
             for place, key in enumerate(keys)
@@ -634,6 +628,12 @@ class VerdictGate:
         """
         if any(outcome.status == "truncated" and outcome.held for outcome in outcomes):
             raise too_long(None, None)
+
+
+def _key(prompt: Prompt) -> bytes:
+    """Stands for what the model is fed of a prompt; its class says whether a template is put around it."""
+    fed = [type(prompt).__name__, *((turn.role, turn.content) for turn in prompt.turns), prompt.answer]
+    return hashlib.sha256(json.dumps(fed).encode()).digest()
 
 
 def outcome_of(verdict: Any, settings: Settings) -> Outcome:

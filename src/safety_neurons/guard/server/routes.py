@@ -274,10 +274,10 @@ class ResponsesRoute(AnswerRoute):
 
 _STATES = ("in_progress", "completed", "incomplete", "commentary", "final_answer")
 _ITEM_FIELDS = {
-    "message": {"id", "status", "phase"},
+    "message": {"id", "status", "phase", "role", "content"},
     "function_call": {"id", "status", "call_id", "name", "arguments"},
     "function_call_output": {"id", "status", "call_id", "output"},
-    "reasoning": {"id", "status", "summary"},
+    "reasoning": {"id", "status", "summary", "content"},
 }
 
 
@@ -291,7 +291,9 @@ def _turns(items: Sequence[InputItem]) -> Iterable[tuple[Turn, str]]:
     for number, item in enumerate(items):
         place, kind = f"input[{number}]", item.type or "message"
         extra = {name: value for name, value in (item.model_extra or {}).items() if value not in (None, [])}
-        strange = sorted(extra.keys() - _ITEM_FIELDS.get(kind, set()))
+        # A role or content where an item of this kind has none would be read by nobody, and may be shown.
+        given = extra.keys() | {name for name in ("role", "content") if getattr(item, name)}
+        strange = sorted(given - _ITEM_FIELDS.get(kind, set()))
         if kind not in _ITEM_FIELDS or strange:
             what = f"its field {strange[0][:64]!r}" if kind in _ITEM_FIELDS else f"an item of type {kind!r}"
             expected = "messages, calls of functions and their outputs"
