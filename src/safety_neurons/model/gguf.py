@@ -139,7 +139,7 @@ def _convert(path: pathlib.Path, folder: pathlib.Path, held: Mapping[str, int]) 
         "local_files_only": True,
     }
     try:
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             **place, dtype=torch.float32, output_loading_info=True
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(**place)
@@ -148,6 +148,7 @@ def _convert(path: pathlib.Path, folder: pathlib.Path, held: Mapping[str, int]) 
             f"{path}: transformers {transformers.__version__} cannot convert it ({first_line(error)}); "
             "expected an architecture that it reads from GGUF; give the original checkpoint"
         ) from error
+    model, info = loaded
     # transformers fills up with random numbers what a file lacks, and passes over tensors it has no name for.
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
