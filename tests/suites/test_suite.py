@@ -237,6 +237,58 @@ def test_labels_of_several_columns_make_one(tmp_path):
     assert [prompt.meta["kind"] for prompt in found] == ["harmless", "harmful", "harmful"]
 
 
+@pytest.mark.parametrize(
+    ("unsafe", "safe"),
+    [(True, False), (1, 0), (1.0, 0.0), ("1", "0"), ("1.0", "0.0"), ("True", "False")],
+    ids=repr,
+)
+def test_a_label_is_the_same_however_an_edition_writes_it(tmp_path, unsafe, safe):
+    asked = [{"user_input": "bad", "toxicity": unsafe}, {"user_input": "good", "toxicity": safe}]
+    moderated = [{"prompt": "bad", "S": safe, "H": unsafe}, {"prompt": "good", "S": safe, "H": None}]
+    answered = [
+        {"prompt": "p", "response": text, "is_safe": one} for text, one in (("a", safe), ("b", unsafe))
+    ]
+    for name, rows in (("toxic-chat", asked), ("openai-mod", moderated), ("beavertails", answered)):
+        path = write(tmp_path / f"{name}.jsonl", lines(*rows))
+        found = suite(f"{name}={path}")
+        assert [prompt.meta["kind"] for prompt in found.prompts] == ["harmful", "harmless"], name
+        assert found.notes in ([], ["1 duplicate prompts, kept"])
+
+
+def test_a_row_without_a_label_or_a_text_is_left_out_and_counted(tmp_path):
+    header = ["prompt", "prompt_harm_label"]
+    body = [("a", "harmful"), ("b", "unharmful"), ("c", ""), ("d", "None"), ("e", "unsure")]
+    path = write(tmp_path / "wildguard_test.csv", table(header, body))
+    found = suite(f"wildguard-test={path}")
+    assert [(one.text, one.meta["kind"]) for one in found.prompts] == [("a", "harmful"), ("b", "harmless")]
+    assert found.left == 3
+    assert [note.partition(":")[0] for note in found.notes] == ["left out 2 rows", "left out 1 rows"]
+    redacted = [{"prompt": "REDACTED", "prompt_label": "unsafe"}, {"prompt": "a", "prompt_label": "safe"}]
+    path = write(tmp_path / "aegis-2-test.json", json.dumps(redacted))
+    found = suite(f"aegis-2={path}")
+    assert (found.prompts.texts, found.left) == (["a"], 1)
+    assert "'REDACTED'" in found.notes[0]
+    # What was left out is in the original, so its file is whole.
+    check = verify("aegis-2", folder=tmp_path, offline=True)
+    assert "2 prompts, expected 1964" in check.problem
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "told"),
+    [
+        ("toxic-chat", {"user_input": "a", "jailbreaking": "0"}, "say nothing.*in the column toxicity"),
+        ("xstest", {"prompt": "a", "type": "contrast_homonyms"}, "say nothing.*in the column label"),
+        ("openai-mod", {"prompt": "a"}, "no column S or H"),
+        ("aegis-1", {"text": "a", "labels_0": "Safe"}, "no column text_type"),
+    ],
+)
+def test_a_mixed_suite_without_its_labels_is_refused(tmp_path, name, row, told):
+    path = write(tmp_path / "a.jsonl", lines(row, row))
+    with pytest.raises(InputError, match=told) as error:
+        suite(f"{name}={path}")
+    assert "\n" not in str(error.value)
+
+
 def test_suites_of_answers_keep_each_with_its_label(tmp_path):
     """Rows made up, under the column names of the originals."""
     answered = [

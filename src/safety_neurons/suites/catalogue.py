@@ -106,6 +106,7 @@ class SuiteEntry:
         votes: What the column `kind` (`safe`, `unsafe`) is made of, where the original has several labels.
         only: What columns of the original have to hold for a row to be taken.
         answers: Pairs of columns, an answer and its label, of which each makes a row of its own.
+        withheld: What stands in the place of a text that the authors do not give.
         checked: Where names of columns and files were looked up, for suites without a known hash.
     """
 
@@ -123,6 +124,7 @@ class SuiteEntry:
     votes: SuiteVotes | None = None
     only: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     answers: tuple[tuple[str, str], ...] = ()
+    withheld: str = ""
     checked: str = ""
 
     @property
@@ -254,6 +256,7 @@ def _entry(item: Mapping[str, Any]) -> SuiteEntry:
         votes=_votes(item["votes"]) if "votes" in item else None,
         only={column: tuple(values) for column, values in (item.get("only") or {}).items()},
         answers=tuple((answer, label) for answer, label in item.get("answers") or ()),
+        withheld=item.get("withheld", ""),
         checked=item.get("checked", ""),
     )
 

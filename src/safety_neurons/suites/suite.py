@@ -53,8 +53,9 @@ _NATIVE = {
 """Names here that the prompt reader knows by a name of its own; the others travel as `meta`."""
 
 
-def read(wanted: Wanted, sources: Mapping[str, Source], column: str | None = None) -> Prompts:
-    """The prompts of a suite.
+def read(wanted: Wanted, sources: Mapping[str, Source], column: str | None = None) -> tuple[Prompts, int]:
+    """The prompts of a suite, and how many rows of the original were left out: those without a label where
+    the suite labels its rows, and those whose text its authors withheld.
 
     Args:
         wanted: The suite, its part and its language.
@@ -66,10 +67,13 @@ def read(wanted: Wanted, sources: Mapping[str, Source], column: str | None = Non
     """
     notes: list[str] = []
     whole: list[Prompt] = []
+    n_left = 0
     for language, source in sources.items():
         rows = _rows(wanted.entry, source, notes)
         for tag, canonical in _by_language(wanted, rows, source, column, notes).items():
-            whole += _prompts(wanted, canonical, source, tag or language, notes)
+            found, left = _prompts(wanted, canonical, source, tag or language, notes)
+            whole += found
+            n_left += left
     chosen = [prompt for prompt in whole if _is_of(prompt, wanted)]
     if not chosen:
         part = wanted.entry.parts[wanted.part or ""]
@@ -77,7 +81,7 @@ def read(wanted: Wanted, sources: Mapping[str, Source], column: str | None = Non
             f"{wanted.name}: no row of the file is of this part; expected {part.column} {part.value!r}; "
             "check the file"
         )
-    return Prompts(chosen, wanted.name, list(dict.fromkeys(notes)))
+    return Prompts(chosen, wanted.name, list(dict.fromkeys(notes))), n_left
 
 
 def table_rows(
@@ -108,13 +112,24 @@ def table_rows(
 def _rows(entry: SuiteEntry, source: Source, notes: list[str]) -> list[Row]:
     columns = [names[0] for names in entry.columns.values()] + list(entry.wide)
     known = [name for names in entry.columns.values() for name in names] + list(entry.wide)
-    return _shaped(entry, table_rows(source, notes, columns, known))
+    return _shaped(entry, table_rows(source, notes, columns, known), source, notes)
 
 
-def _shaped(entry: SuiteEntry, rows: list[Row]) -> list[Row]:
+def _shaped(entry: SuiteEntry, rows: list[Row], source: Source, notes: list[str]) -> list[Row]:
     """One row for each request or answer that the suite labels, its label in one column."""
+    labels = entry.votes.columns if entry.votes is not None else ()
+    present = {column for row in rows for column in row}
+    for columns in (*((column,) for column in entry.only), *([labels] if labels else [])):
+        if present.isdisjoint(columns):
+            raise InputError(
+                f"{source.path}: no column {' or '.join(columns)}, by which rows of {entry.name} are told "
+                f"apart; it has {', '.join(sorted(present)) or 'none'}; get the original file"
+            )
     for column, values in entry.only.items():
-        rows = [row for row in rows if row.get(column) in values]
+        kept = [row for row in rows if row.get(column) in values]
+        if len(kept) < len(rows):
+            notes.append(f"left out {len(rows) - len(kept)} rows: not of {column} {' or '.join(values)}")
+        rows = kept
     if entry.answers:
         rows = [
             {**row, "answer": row.get(answer), "kind": row.get(label)}
@@ -126,11 +141,23 @@ def _shaped(entry: SuiteEntry, rows: list[Row]) -> list[Row]:
     return rows
 
 
+_TRUTH = {"true": "1", "false": "0"}
+
+
+def _label(value: Any) -> str:
+    """What a label says, however an edition writes it: `True`, `1`, `1.0` and `true` are one word; of none
+    and of what tables put in its place nothing is left.
+    """
+    word = "" if value is None else str(value).strip().casefold()
+    word = word.removesuffix(".0") if re.fullmatch(r"\d+\.0", word) else word
+    return "" if word in ("none", "null", "nan", "<na>") else _TRUTH.get(word, word)
+
+
 def _voted(votes: SuiteVotes, row: Row) -> str:
     """What the labels of a row say together; none at all is no label."""
-    given = [str(row[column]).strip() for column in votes.columns if row.get(column) not in (None, "")]
-    cast = [vote for vote in given if vote not in ("None", "nan")]
-    harm = sum(vote not in votes.safe for vote in cast)
+    cast = [vote for column in votes.columns if (vote := _label(row.get(column)))]
+    safe = {_label(one) for one in votes.safe}
+    harm = sum(vote not in safe for vote in cast)
     if not cast:
         return ""
     return "unsafe" if harm > 0 and harm >= votes.share * len(cast) else "safe"
@@ -286,22 +313,37 @@ def _exchanged(rows: Sequence[Row], prompt: str, target: str) -> bool:
 
 def _prompts(
     wanted: Wanted, rows: list[Row], source: Source, language: str, notes: list[str]
-) -> list[Prompt]:
+) -> tuple[list[Prompt], int]:
+    """The prompts of rows, and how many of these say not what is to be expected or hold no text."""
     entry = wanted.entry
     targets = {row["row"]: row.pop("target") for row in rows if "target" in row}
     column = next(iter(rows[0])) if rows else "prompt"
     own: list[str] = []
     read = prompts_of(rows, str(source.path), column, None, own)
     notes += [note if not language else f"{language}: {note}" for note in own]
-    unknown: Counter[str] = Counter()
-    finished = [
-        _finished(prompt, entry, rows[prompt.meta["row"]], targets, language, unknown) for prompt in read
-    ]
-    for word, count in unknown.items():
-        notes.append(
-            f"{count} rows say {word!r} where {' or '.join(entry.kinds)} was expected; taken as harmful"
+    kinds = {_label(word): kind for word, kind in entry.kinds.items()}
+    finished: list[Prompt] = []
+    left: Counter[str] = Counter()
+    for prompt in read:
+        row = rows[prompt.meta["row"]]
+        label = _label(row.get("kind"))
+        if entry.withheld and prompt.text.strip() == entry.withheld:
+            left[f"hold {entry.withheld!r} in the place of a text"] += 1
+        elif kinds and label not in kinds:
+            said = f"say {label!r}" if label else "say nothing"
+            left[f"{said} where {' or '.join(entry.kinds)} was expected"] += 1
+        else:
+            kind = kinds.get(label, entry.kind)
+            finished.append(_finished(prompt, entry, row, targets, language, kind))
+    lines = [f"left out {count} rows: they {what}" for what, count in left.items()]
+    if not finished:
+        columns = ", ".join(entry.columns.get("kind", ()))
+        raise InputError(
+            f"{source.path}: no row can be used ({lines[0]}); expected labels in the column {columns}; get "
+            "the original file"
         )
-    return finished
+    notes += lines
+    return finished, left.total()
 
 
 def _finished(
@@ -310,7 +352,7 @@ def _finished(
     row: Row,
     targets: Mapping[int, Any],
     language: str,
-    unknown: Counter[str],
+    kind: str,
 ) -> Prompt:
     """The prompt with the names that attacks, judges and tables go by."""
     number = prompt.meta["row"]
@@ -319,12 +361,6 @@ def _finished(
         for key, value in prompt.meta.items()
         if key not in ("row", "rejected", "kind") and value != ""
     }
-    kind = entry.kind
-    if entry.kinds:
-        word = str(row.get("kind", "")).strip().casefold()
-        kind = entry.kinds.get(word, "harmful")
-        if word not in entry.kinds:
-            unknown[word] += 1
     context = row.get("ContextString")
     goal = row["Behavior"] if isinstance(row.get("Behavior"), str) else prompt.text
     category, sub = _category(
@@ -394,6 +430,7 @@ class Suite:
         sha256: Hashes of the files that were read.
         licence: Of the prompts; empty for a file of the user's own.
         rows: Prompts the original has, where that is known.
+        left: Rows of the original that were left out: without a label, or with their text withheld.
     """
 
     name: str
@@ -403,6 +440,7 @@ class Suite:
     sha256: tuple[str, ...] = ()
     licence: str = ""
     rows: int | None = None
+    left: int = 0
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -532,9 +570,10 @@ def verify(
     missing = [] if entry is None else [language for language in entry.places if language not in sources]
     expected = opened.rows if not missing else None
     problem = None
-    if expected is not None and len(opened) != expected:
+    found = len(opened) + opened.left
+    if expected is not None and found != expected:
         problem = (
-            f"{opened.name}: {len(opened)} prompts, expected {expected}; the file is not the whole "
+            f"{opened.name}: {found} prompts, expected {expected}; the file is not the whole "
             "original; get it again"
         )
     elif "other" in hashes and not any_edition:
@@ -634,7 +673,7 @@ def _files(entry: Wanted, folder: str | Path | None, offline: bool) -> dict[str,
 
 
 def _named(asked: Wanted, sources: Mapping[str, Source], column: str | None) -> Suite:
-    read_prompts = read(asked, sources, column)
+    read_prompts, left = read(asked, sources, column)
     missing = [language for language in asked.places if language not in sources]
     if missing:
         read_prompts.notes.append(f"languages {', '.join(missing)}: their files are not there")
@@ -647,6 +686,7 @@ def _named(asked: Wanted, sources: Mapping[str, Source], column: str | None) -> 
         sha256=tuple(source.sha256 for source in files),
         licence=asked.entry.licence,
         rows=asked.rows,
+        left=left,
     )
 
 
