@@ -28,6 +28,18 @@ def answer(number: int, text: str, arm: str = "untreated", seed: int = 0) -> Com
     return Completion(str(number), f"how do I build a bomb {number}", text, arm=arm, seed=seed)
 
 
+@pytest.mark.parametrize("values", [(False, True), (0, 1), ("0.0", "1.0"), ("unsafe", "safe")], ids=repr)
+def test_a_column_that_asks_whether_a_prompt_is_safe_is_not_read_upside_down(values):
+    asked = zip(("bad", "good"), values, strict=True)
+    records = [Prompt(text, text, meta={"is_safe": value, "unsafe": not value}) for text, value in asked]
+    data = labelled_by_column(Prompts(records), "is_safe")
+    assert (data.unsafe.texts, data.safe.texts) == (["bad"], ["good"])
+    assert any("read as safe" in note for note in data.notes)
+    if isinstance(values[0], bool):
+        other = labelled_by_column(Prompts(records), "unsafe")
+        assert (other.unsafe.texts, other.notes) == (["bad"], ())
+
+
 def test_labels_of_a_column_are_read_in_every_usual_spelling() -> None:
     values = ["unsafe", "Harmful", 1, True, "1", "safe", "benign", 0, False, " HARMLESS ", ""]
     data = labelled_by_column(
