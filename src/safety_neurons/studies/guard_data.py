@@ -28,14 +28,8 @@ UNSAFE_WORDS = frozenset(
 )
 SAFE_WORDS = frozenset({"0", "0.0", "-1", "false", "no", "safe", "harmless", "benign", "unharmful", "ok"})
 _TRUTH = {
-    "1": True,
-    "1.0": True,
-    "true": True,
-    "yes": True,
-    "0": False,
-    "0.0": False,
-    "false": False,
-    "no": False,
+    **dict.fromkeys(("1", "1.0", "true", "yes"), True),
+    **dict.fromkeys(("0", "0.0", "false", "no"), False),
 }
 HARMLESS_ARM = "/harmless"
 
@@ -79,8 +73,8 @@ def labelled_by_column(prompts: Prompts, column: str = "label") -> GuardData:
 
     Args:
         prompts: records with the field.
-        column: its name; values such as unsafe, harmful, 1, true and safe, harmless, 0, false, in any case. Of
-            a column whose name asks whether a prompt is safe (`is_safe`), 1 and true are safe.
+        column: its name; values such as unsafe, harmful, 1, true and safe, harmless, 0, false, in any case.
+            Of a column that asks by its name whether a prompt is safe (`is_safe`), 1 and true are safe.
 
     Raises:
         InputError: no record has the field, or a value that is neither; the message names the first.
@@ -99,9 +93,8 @@ def labelled_by_column(prompts: Prompts, column: str = "label") -> GuardData:
             "--label-column"
         )
     notes = [*prompts.notes, *([f"{missing} prompts without a label were left out"] if missing else [])]
-    notes += (
-        [f"1 and true in {column!r} were read as safe, as its name says"] if _asks_for_safe(column) else []
-    )
+    if _asks_for_safe(column) and any(_word(_field(prompt, column)) in _TRUTH for prompt in prompts):
+        notes.append(f"1 and true in {column!r} were read as safe, as its name says")
     return GuardData(
         Prompts(kinds[True], prompts.name),
         Prompts(kinds[False], prompts.name),
@@ -286,13 +279,15 @@ def _field(prompt: Prompt, column: str) -> Any:
 def _asks_for_safe(column: str) -> bool:
     """Whether a column of truth values says of which prompts they are safe, by its name: `is_safe`."""
     words = set(re.split(r"[^a-z]+", column.casefold()))
-    return not words.isdisjoint({"safe", "harmless", "benign", "unharmful"}) and words.isdisjoint(
-        {"not", "un"}
-    )
+    return bool(words & {"safe", "harmless", "benign", "unharmful"}) and not words & {"not", "un"}
+
+
+def _word(value: Any) -> str:
+    return str(value).strip().casefold()
 
 
 def _is_unsafe(value: Any, prompt: Prompt, column: str) -> bool:
-    word = str(value).strip().casefold()
+    word = _word(value)
     if _asks_for_safe(column) and word in _TRUTH:
         return not _TRUTH[word]
     if word in UNSAFE_WORDS:
