@@ -37,6 +37,11 @@ from safety_neurons.results import Completions, plain
 
 Tokens = Float32[np.ndarray, "token neuron"]
 Checks = tuple[int, ...]
+_LEFT = "empty, repeated, in both lists, or too long"
+_MORE = (
+    "give answers that were labelled before (--answers-harmful, --answers-harmless); the guard for prompts is "
+    "fit and stays as it is"
+)
 
 
 @dataclass(frozen=True)
@@ -326,7 +331,8 @@ class _Answers:
                 kept.append(one)
                 checks.append(places)
         labels = np.array([told[_key(one)] for one in kept], bool)
-        check_classes(labels)
+        left = len(unsafe) + len(safe) - len(kept)
+        check_classes(labels, "answers", f"{left} were left out, {_LEFT}; {_MORE}" if left else _MORE)
         encoded = [
             Encoded(one.prompt.id, [*one.question, *one.token_ids[: places[-1]]])
             for one, places in zip(kept, checks, strict=True)
@@ -339,8 +345,8 @@ class _Answers:
         read_tokens(model, encoded, guard.neurons, longest, keep, batch_size=batch_size, progress=progress)
         sound = [number for number in range(len(kept)) if np.isfinite(tokens[number]).all()]
         lost = len(unsafe) + len(safe) - len(sound)
-        notes = [f"{lost} answers were left out of the fit: empty, repeated, in both lists, too long, or NaN"]
-        check_classes(labels[sound])
+        notes = [f"{lost} answers were left out of the fit: {_LEFT}, or NaN"]
+        check_classes(labels[sound], "answers", _MORE)
         if not varying(np.concatenate([tokens[number] for number in sound])):
             raise InputError(
                 f"these neurons of {model.name} do the same at every token of the answers, so nothing can be "

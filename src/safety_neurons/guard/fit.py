@@ -164,14 +164,14 @@ def stratified_split(
     return Split(*parts)
 
 
-def check_classes(labels: Labels) -> None:
-    """Raise an error unless there are enough examples of both kinds."""
+def check_classes(labels: Labels, what: str = "requests", do: str = "give more of them") -> None:
+    """Raise an error unless there are enough examples of both kinds; it says what they are and what to do."""
     n_unsafe = int(labels.sum())
     for count, word in ((n_unsafe, "unsafe"), (len(labels) - n_unsafe, "safe")):
         if count < LEAST:
             raise InputError(
-                f"{count} {word} examples among {len(labels)}; expected at least {LEAST} of either "
-                "kind to fit a guard"
+                f"{count} {word} {what} among {len(labels)}; expected at least {LEAST} of either kind to fit "
+                f"on: {do}"
             )
 
 
