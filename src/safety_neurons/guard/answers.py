@@ -39,8 +39,8 @@ Tokens = Float32[np.ndarray, "token neuron"]
 Checks = tuple[int, ...]
 _LEFT = "empty, repeated, in both lists, or too long"
 _MORE = (
-    "give answers that were labelled before (--answers-harmful, --answers-harmless); the guard for prompts is "
-    "fit and stays as it is"
+    "give answers that were labelled before (--answers-harmful, --answers-harmless); the guard for prompts "
+    "is fit and stays as it is"
 )
 
 
