@@ -5,13 +5,17 @@ import copy
 import pytest
 import torch
 from naive import columns, full, generated, lm, no_hooks, some
+from transformers import DynamicCache
 
 from families import build, random_ids
 from safety_neurons.errors import DecodeError, NeuronError, UsageError
 from safety_neurons.interventions import deactivated, scaled
 from safety_neurons.model import LanguageModel
+from safety_neurons.model.decoding import Decoding, following
+from safety_neurons.model.language_model import generate
 from safety_neurons.model.sites import projection
 from safety_neurons.neurons import NeuronSet
+from tiny import CHAT_TEMPLATE, FILL, tiny_llama, tiny_tokenizer
 
 IDS, MASK = random_ids((3, 7)), torch.ones(3, 7, dtype=torch.long)
 
@@ -127,3 +131,51 @@ def test_what_cannot_be_is_refused(model: LanguageModel) -> None:
     with scaled(model, some(model), 2, when=lambda rows: [True] * len(rows)), pytest.raises(DecodeError):
         model.model(inputs_embeds=model.model.get_input_embeddings()(IDS))
     no_hooks(model.model)
+
+
+def test_rows_that_leave_a_batch_take_their_answers_with_them() -> None:
+    inner = tiny_llama(3)
+    with torch.no_grad():
+        inner.lm_head.weight[2] *= 2.5
+    model = LanguageModel(inner, tiny_tokenizer(CHAT_TEMPLATE))
+    asked = [" ".join(FILL[place : place + 2 + place % 5]) for place in range(12)]
+    flags = {tuple(row.ids): place % 2 == 0 for place, row in enumerate(model.encode(asked))}
+    ids, neurons = list(flags), some(model, 0.3)
+    left: list = []
+
+    def answers(size: int) -> list[list[int]]:
+        found = generate(model, ids, Decoding(12), batch_size=size)
+        return [found[place].token_ids for place in range(len(ids))]
+
+    plain = answers(1)
+    with scaled(model, neurons, 3):
+        every = answers(1)
+    with (
+        scaled(model, neurons, 3, when=lambda rows: [flags[tuple(row)] for row in rows]),
+        following(lambda _cache, rows: left.append(rows.tolist())),
+    ):
+        together = answers(12)
+    assert left
+    assert left[0][:2] != [0, 1]
+    assert together == [every[place] if place % 2 == 0 else plain[place] for place in range(12)]
+    assert together != plain
+    assert together != every
+
+
+def test_two_requests_may_be_continued_in_turn(model: LanguageModel) -> None:
+    def read(ids: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+        with torch.no_grad():
+            return model.model(input_ids=ids, past_key_values=cache).logits
+
+    def last(condition: object) -> torch.Tensor:
+        caches = [DynamicCache(config=model.model.config) for _ in range(2)]
+        with scaled(model, some(model), 3, when=condition):
+            for row, cache in zip(IDS, caches, strict=False):
+                read(row[None, :-1], cache)
+            return read(IDS[:1, -1:], caches[0])
+
+    def first_only(rows: list[list[int]]) -> list[bool]:
+        return [row == IDS[0, :-1].tolist() for row in rows]
+
+    assert torch.equal(last(first_only), last(lambda rows: [True] * len(rows)))
+    assert not torch.allclose(last(first_only), last(lambda rows: [False] * len(rows)))

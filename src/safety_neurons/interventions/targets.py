@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from safety_neurons.errors import DecodeError, NeuronError, UnsupportedModelError, UsageError
 from safety_neurons.model import LanguageModel
-from safety_neurons.model.decoding import cache_in
+from safety_neurons.model.decoding import cache_in, following
 from safety_neurons.model.hooks import around, editing, evaluating, rerouting
 from safety_neurons.model.sites import Anatomy, ExpertRows
 from safety_neurons.neurons import NeuronSet
@@ -477,6 +477,7 @@ def scaled(
             }
             if asked is not None:
                 stack.enter_context(around(subject.body, before=asked.begin))
+                stack.enter_context(following(asked.keep))
             stack.enter_context(editing(subject.anatomy, editors))
         yield model
 
@@ -514,6 +515,8 @@ class Conditional:
     def __init__(self, holds: Callable[[Sequence[Sequence[int]]], Sequence[bool]]) -> None:
         self._holds = holds
         self._flags: Bool[Tensor, " row"] | None = None
+        # Every cache has its own requests: two may be continued in turn.
+        self._by_cache: weakref.WeakKeyDictionary[Any, Bool[Tensor, " row"]] = weakref.WeakKeyDictionary()
         self._read: list[list[int]] = []
         self._tokens = 0
         self._asking = False
@@ -531,6 +534,7 @@ class Conditional:
         cache = cache_in(kwargs)
         self._tokens = ids.shape[1]
         if cache is not None and cache.get_seq_length() > 0:
+            self._flags = self._by_cache.get(cache, self._flags)
             if self._flags is None or len(self._flags) != len(ids):
                 raise DecodeError(
                     f"a cache of {cache.get_seq_length()} tokens arrived whose requests were not read here; "
@@ -549,6 +553,13 @@ class Conditional:
             self._asking = False
         if len(self._flags) != len(rows):
             raise UsageError(f"{len(self._flags)} answers about {len(rows)} requests; expected one for each")
+        if cache is not None:
+            self._by_cache[cache] = self._flags
+
+    def keep(self, cache: Any, rows: Int[Tensor, " row"]) -> None:
+        """Keeps the answers of the rows that are left in a cache."""
+        if cache in self._by_cache:
+            self._by_cache[cache] = self._by_cache[cache][rows.cpu()]
 
     def any(self) -> bool:
         """Whether there is anything to scale: never while requests are being asked about."""

@@ -259,6 +259,21 @@ def roomy_cache(model: Any, new: int) -> dict[str, Any]:
     return {cache_name(model): with_room(_empty(model), new)}
 
 
+Leaving = Callable[[Any, Int[Tensor, " row"]], None]
+"""Told a cache and which of its rows are left in it, in order."""
+_FOLLOWED_BY: list[Leaving] = []
+
+
+@contextlib.contextmanager
+def following(told: Leaving) -> Iterator[None]:
+    """Tells, inside a block, of every batch that rows leave, before those that are left go on."""
+    _FOLLOWED_BY.append(told)
+    try:
+        yield
+    finally:
+        _FOLLOWED_BY.remove(told)
+
+
 class _Thinned:
     """A stopping criterion that interrupts a batch when a share of its rows has ended."""
 
@@ -323,6 +338,8 @@ def decoded(
         kept = torch.tensor(going, device=ids.device)
         cache = cache_in(output)
         cache.batch_select_indices(kept)
+        for told in _FOLLOWED_BY:
+            told(cache, kept)
         ids = output.sequences[kept]
         mask = torch.cat([mask, torch.ones_like(output.sequences[:, width:])], 1)[kept]
         rows, passed = [rows[number] for number in going], {cache_name(model): with_room(cache, left)}
