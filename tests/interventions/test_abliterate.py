@@ -104,6 +104,10 @@ def test_a_vector_in_the_basis_stays_zero():
     basis = torch.eye(3, dtype=torch.float64)[:1]
     rest = without(torch.tensor([[2.0, 0, 0], [3.0, 4.0, 0]]), basis, keep_norms=True)
     assert rest.tolist() == [[0, 0, 0], [0, 5, 0]]
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(9, 2, generator=generator, dtype=torch.float64)).Q.T
+    inside = torch.randn(5, 2, generator=generator, dtype=torch.float64) @ basis
+    assert not without(inside, basis, keep_norms=True).any()
 
 
 def test_models_with_adapters_and_empty_lists_are_refused(tiny_pair, model):

@@ -145,8 +145,10 @@ def without(
     vectors = written.to(basis)
     rest = vectors - (vectors @ basis.T) @ basis
     if keep_norms:
-        tiny = torch.finfo(basis.dtype).tiny
-        rest = rest * (vectors.norm(dim=-1, keepdim=True) / rest.norm(dim=-1, keepdim=True).clamp(min=tiny))
+        norm, left = (values.norm(dim=-1, keepdim=True) for values in (vectors, rest))
+        # What rounding leaves of a vector in the basis has any direction, and would be stretched along it.
+        is_rounding = left <= torch.finfo(basis.dtype).eps ** 0.5 * norm
+        rest = torch.where(is_rounding, 0.0, rest * (norm / left))
     return rest
 
 
