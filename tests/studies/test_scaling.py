@@ -128,6 +128,8 @@ def test_a_cut_answer_is_the_answer_of_a_shorter_limit(model):
     assert [one.token_ids for one in cut] == [one.token_ids for one in short]
     assert [one.completion for one in cut] == [one.completion for one in short]
     assert [one.finish_reason for one in cut] == [one.finish_reason for one in short]
+    ended = Completions([Completion("0", "x", "how do", (4, 5), "stop")])
+    assert [beginnings(ended, limit, model)[0].finish_reason for limit in (2, 3)] == ["length", "stop"]
     curve = length_curve(long, model, GoesAlongJudge(), None, 12)
     assert [point.tokens for point in curve] == curve_lengths(12) == [12]
     assert curve[-1].harmful_refused == judge_refusal(long).rate

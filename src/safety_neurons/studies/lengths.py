@@ -62,7 +62,7 @@ def beginnings(completions: Sequence[Completion], tokens: int, model: Any) -> Co
     decode = cast(Callable[[Sequence[int]], str], model.decode)
     return Completions(
         one
-        if len(one.token_ids) <= tokens
+        if len(one.token_ids) + (one.finish_reason == "stop") <= tokens  # The end is a token too.
         else dataclasses.replace(
             one,
             completion=decode(one.token_ids[:tokens]),
