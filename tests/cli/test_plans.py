@@ -145,6 +145,12 @@ def test_a_known_truth_is_one_more_set_patched_and_off(
     assert known["new_tokens"] == more["new_tokens"] > plain["new_tokens"]
 
 
+def test_a_factor_of_one_costs_nothing(shape: pathlib.Path, neurons: pathlib.Path) -> None:
+    words = ("verify", "scale", "--model", shape, "--neurons", neurons, "--limit", "4", "--dry-run")
+    with_one, without = (done(*words, "--factors", factors) for factors in ("0,1.0,2", "0,2"))
+    assert with_one["new_tokens"] == without["new_tokens"]
+
+
 @pytest.mark.parametrize("method", ["importance", "contrast"])
 def test_bytes_that_a_plan_counts_as_hashed_are_those_that_the_run_hashes(
     method: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch

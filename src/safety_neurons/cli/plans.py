@@ -312,7 +312,8 @@ def _find(planner: Planner) -> "list[Work]":
 def _verify(planner: Planner) -> "list[Work]":
     options, kind = planner.options, planner.words[1]
     if kind == "scale":
-        sets = len(options["factors"].split(","))
+        # A factor of 1 is the model as it is, which is measured once.
+        sets = sum(float(factor) != 1 for factor in options["factors"].split(","))
     else:
         sets = 1 if options["neurons"] is not None else len(parse_sizes(options["sizes"]))
     treated, patch = sets * (1 + options["random"]), kind in ("patch", "both")
