@@ -10,7 +10,9 @@ from running import command
 
 from safety_neurons import load
 from safety_neurons.neurons import NeuronSet
+from safety_neurons.results import Completions
 from safety_neurons.studies import lasting
+from tiny import tiny_llama_folder
 from tiny_pair import HARMFUL, HARMLESS
 
 
@@ -81,6 +83,16 @@ def test_rsn_is_one_command_and_a_finished_one_stays(words, tiny_pair, tmp_path)
     assert "RSN-Tune - SN-Tune" in shown.out
     assert "finished" in shown.err
     assert shown.out.startswith("Not achieved by SN-Tune")
+
+
+def test_answers_are_as_long_as_is_usual_for_the_model(words, tiny_pair, tmp_path):
+    model = tiny_llama_folder(tmp_path / "model", max_position_embeddings=192)
+    place = words.index("--max-new-tokens")
+    line = [*words[:place], *words[place + 2 :], "--model", model, "--text", tiny_pair.text]
+    done = command("study", "rsn", *line, "--arms", "none", "--steps", 0, "--out", tmp_path / "run")
+    assert done.code == 0, done
+    answers = Completions.load(tmp_path / "run" / "completions.jsonl")
+    assert max(len(one.token_ids) for one in answers) == 96
 
 
 def test_stress_is_one_command(words, tiny_pair, tmp_path):

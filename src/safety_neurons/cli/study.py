@@ -324,8 +324,8 @@ class Lengths(Declaration):
 
     limit: Positive | None = None
     """Use the first N prompts."""
-    max_new_tokens: Positive = 64
-    """Length of a completion, in tokens."""
+    max_new_tokens: Positive | None = None
+    """Length of a completion, in tokens. [default: 256, on organisms 64]"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -478,6 +478,7 @@ def parts(
 ) -> tuple[Any, Any, Any]:
     """What is trained, what is measured, and which neurons."""
     from safety_neurons import studies
+    from safety_neurons.studies.lengths import answer_length
 
     first, judge = session.common.seed, study.judge
     plan = studies.Plan(
@@ -504,7 +505,7 @@ def parts(
         task,
         judge=judge,
         harm_judge=session.judge(study.harm_judge),
-        max_new_tokens=study.max_new_tokens,
+        max_new_tokens=study.max_new_tokens or answer_length(model),
         batch_size=session.batch_size(),
         completions_file=session.folder.path("completions.jsonl"),
     )

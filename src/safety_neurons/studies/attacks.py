@@ -168,7 +168,7 @@ def own_answers(model: LanguageModel, plan: Plan, lab: Lab) -> Prompts:
         "harmful answers of the model's own",
     )
     answers = model.complete(
-        requests, max_new_tokens=lab.max_new_tokens, batch_size=lab.batch_size, arm="attack"
+        requests, max_new_tokens=lab.longest, batch_size=lab.batch_size, arm="attack"
     )
     pairs = zip(requests, answers, complied(answers, lab.judge), strict=True)
     answered = [
