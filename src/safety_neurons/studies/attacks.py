@@ -167,9 +167,7 @@ def own_answers(model: LanguageModel, plan: Plan, lab: Lab) -> Prompts:
         [dataclasses.replace(prompt, answer=None) for prompt in plan.refusals],
         "harmful answers of the model's own",
     )
-    answers = model.complete(
-        requests, max_new_tokens=lab.longest, batch_size=lab.batch_size, arm="attack"
-    )
+    answers = model.complete(requests, max_new_tokens=lab.longest, batch_size=lab.batch_size, arm="attack")
     pairs = zip(requests, answers, complied(answers, lab.judge), strict=True)
     answered = [
         dataclasses.replace(prompt, answer=answer.completion) for prompt, answer, along in pairs if along
