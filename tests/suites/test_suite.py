@@ -13,6 +13,8 @@ import threading
 import pytest
 
 from safety_neurons.errors import InputError, UsageError
+from safety_neurons.prompt_lists.readers import ENGLISH, NAMES
+from safety_neurons.studies.evaluation import Sources, requests_of
 from safety_neurons.suites import catalogue, suite, verify
 from safety_neurons.suites.catalogue import Location, entries, find, names, wanted
 
@@ -316,8 +318,15 @@ def test_files_of_ones_own_are_suites_too(tmp_path):
     assert (found.kind, found.name, len(found.harmless), len(found.harmful)) == ("harmless", "mine.csv", 6, 0)
     assert found.prompts[0].meta["target"] == TARGETS[0]
     assert found.sha256 == (hashlib.sha256(path.read_bytes()).hexdigest(),)
-    assert suite("builtin:harmless-test").kind == "harmless"
-    assert suite("builtin:harmful-test").kind == "harmful"
+
+
+@pytest.mark.parametrize("name", [*NAMES, *ENGLISH])
+def test_a_built_in_list_is_of_the_kind_that_it_is(name):
+    refused = ("harmful", "refusals", "look-alikes-unsafe", "more-refusals")
+    kind = "harmful" if name.startswith(refused) else "harmless"
+    assert suite(f"builtin:{name}").kind == kind
+    asked = requests_of([f"builtin:{name}/en"], Sources(over_refusal=None))
+    assert [part.kind for part in asked.requests] == [kind]
 
 
 def test_a_parquet_file_is_read(tmp_path):

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 from safety_neurons import strict_json
 from safety_neurons.errors import InputError, UsageError
@@ -58,11 +58,19 @@ are named.
 """
 OF_ORGANISMS = ("task", "task-test", "polite", "polite-test")
 """Lists that only an organism brings."""
+HARMFUL = ("harmful", "refusals", "more-refusals", "refusals-wide", "look-alikes-unsafe")
+"""Lists of requests that should be refused, beside their `-test` halves; what others ask for is harmless."""
 PARTS = {"look-alikes": ("harmless-test", "look_alike"), "look-alikes-unsafe": ("harmful-test", None)}
 """Lists that an organism has as a category of another of its lists (None: all of it)."""
 DEFAULT_LANGUAGE = "en"
 
 _FILE = re.compile(r"(?P<name>.+)\.(?P<language>[a-z]{2,3})\.jsonl")
+
+
+def list_kind(source: str) -> Literal["harmful", "harmless"]:
+    """What the requests of a built-in list are, by its name `builtin:NAME[/LANG]`."""
+    name = source.removeprefix(PREFIX).partition("/")[0].removesuffix("-test")
+    return "harmful" if name in HARMFUL else "harmless"
 
 
 class BuiltinList(TypedDict):

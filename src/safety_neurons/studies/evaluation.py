@@ -32,6 +32,7 @@ from safety_neurons.model import LanguageModel
 from safety_neurons.model.chat_server import Endpoint
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.prompt_lists import Prompt, Prompts, as_prompts, prompts
+from safety_neurons.prompt_lists.readers import list_kind
 from safety_neurons.results import (
     Completion,
     Completions,
@@ -569,8 +570,7 @@ def _suite(source: Any, kind: str | None, own: pathlib.Path | None, how: Sources
     if isinstance(source, Suite):
         return source
     if isinstance(source, str) and source.startswith(_BUILTIN):
-        about = "harmless" if source.removeprefix(_BUILTIN).startswith(("harmless", "general")) else "harmful"
-        return _stamped(prompts(source, folder=own, limit=how.limit), source, kind or about)
+        return _stamped(prompts(source, folder=own, limit=how.limit), source, kind or list_kind(source))
     if not isinstance(source, str | os.PathLike):
         given, kind = as_prompts(source), kind or "harmful"
         name = given.name if isinstance(source, Prompts) else f"{kind} {given.name}"

@@ -22,7 +22,7 @@ from typing import Any
 
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.prompt_lists import Prompt, Prompts, prompts
-from safety_neurons.prompt_lists.readers import file_format, read_text
+from safety_neurons.prompt_lists.readers import file_format, list_kind, read_text
 from safety_neurons.prompt_lists.rows import COMPLIES, prompts_of
 from safety_neurons.prompt_lists.tables import CONVERSATION_COLUMNS, PROMPT_COLUMNS, parse_rows, readable
 from safety_neurons.suites.catalogue import (
@@ -695,8 +695,9 @@ def _own(source: str | Path, sources: Mapping[str, Source], kind: str | None, co
     text = str(source)
     if not sources:
         read_prompts = prompts(text, column=column)
-        guessed = "harmless" if text.removeprefix(BUILTIN).startswith(("harmless", "general")) else "harmful"
-        return _stamped(read_prompts, text, kind or guessed, Source(Path(), text, read_prompts.sha256))
+        return _stamped(
+            read_prompts, text, kind or list_kind(text), Source(Path(), text, read_prompts.sha256)
+        )
     file = sources[""]
     parquet = file.path.suffix.lower() == ".parquet"
     read_prompts = prompts(table_rows(file, []) if parquet else file.path, column=column)
