@@ -100,6 +100,25 @@ def test_the_stream_has_nothing_along_it(model, directions):
     assert tied or left < 1e-6
 
 
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_learned_positions_write_the_stream_too(family):
+    built = families.build(family, torch.float64)
+    assert built.get_output_embeddings().weight is not built.get_input_embeddings().weight
+    basis = torch.linalg.qr(torch.randn(built.config.hidden_size, 2, dtype=torch.float64)).Q.T
+    lm, streams = LanguageModel(built), []
+    with abliterated(lm, basis), torch.no_grad():
+        kept = [
+            one.module.register_forward_hook(lambda *given: streams.append(given[2]))
+            for one in lm.anatomy.layers
+        ]
+        built(input_ids=torch.tensor([[5, 6, 7]]))
+    for hook in kept:
+        hook.remove()
+    streams = [one[0] if isinstance(one, tuple) else one for one in streams]
+    assert len(streams) == len(lm.anatomy.layers)
+    assert max(float((one @ basis.T).abs().max()) for one in streams) < 1e-12
+
+
 def test_a_vector_in_the_basis_stays_zero():
     basis = torch.eye(3, dtype=torch.float64)[:1]
     rest = without(torch.tensor([[2.0, 0, 0], [3.0, 4.0, 0]]), basis, keep_norms=True)

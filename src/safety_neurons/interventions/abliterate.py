@@ -1,8 +1,8 @@
 """Abliteration: directions of the residual stream taken out of every weight that writes into it.
 
 A direction is the difference of the mean residual streams of harmful and harmless prompts at their last
-token. What `o`, `down`, the experts' `down` and the token embedding write is projected onto the complement of
-the directions, or projected and stretched to its norm before.
+token. What `o`, `down`, the experts' `down` and the embeddings of tokens and positions write is projected
+onto the complement of the directions, or projected and stretched to its norm before.
 """
 
 import contextlib
@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from safety_neurons.errors import InputError, UnsupportedModelError, UsageError
+from safety_neurons.interventions.targets import Subject
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.adapters import is_adapted
 from safety_neurons.model.batches import BatchSize
@@ -89,7 +90,7 @@ class StreamWriter:
 
 def writers(model: LanguageModel) -> list[StreamWriter]:
     """Every tensor that writes the residual stream: `o` and `down` with their biases, the experts' `down`,
-    and the token embedding unless the output head is the same tensor.
+    the token embedding unless the output head is the same tensor, and learned position embeddings.
 
     Raises:
         UsageError: adapters are on the model. UnsupportedModelError: quantised, off-loaded or
@@ -126,6 +127,10 @@ def writers(model: LanguageModel) -> list[StreamWriter]:
     embedding, head = model.model.get_input_embeddings(), model.model.get_output_embeddings()
     if head is None or head.weight is not embedding.weight:
         add("embedding", embedding, "weight", 1)
+    for name, child in Subject.of(model).body.named_children():
+        other = isinstance(child, nn.Embedding) and child is not embedding
+        if other and child.embedding_dim == model.config.hidden_size:
+            add(name, child, "weight", 1)
     return list(found.values())
 
 
