@@ -70,7 +70,8 @@ def test_the_record_and_its_display_are_whole(found):
     assert not misfits(record, ScalingRecord)
     assert len(record["random_sets"]) == 2
     assert record["max_new_tokens"] == 6
-    assert [table.columns[0] for table in found.tables()] == ["factor", "factor"]
+    assert [table.columns[0] for table in found.tables()] == ["factor", "factor", "arm"]
+    assert [row[0] for row in found.tables()[2].rows] == ["untreated", "factor 0", "factor 2"]
     assert len(found.tables()[0].rows) == 6
     assert len(found.figures()) >= 3
     assert found.findings()

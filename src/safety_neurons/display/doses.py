@@ -7,6 +7,7 @@ from typing import Any
 from markupsafe import Markup
 
 from safety_neurons.display.charts import Line, Plane, line_figure
+from safety_neurons.display.lengths import length_figures, length_tables
 from safety_neurons.display.parts import (
     CAUTION,
     FACT,
@@ -51,7 +52,8 @@ def scale_part(run: ReportedRun) -> DisplayPart:
         )
     drawn = [_curve(result, key, title) for key, title in MEASURES.items()]
     figures = [figure for figure in drawn if figure is not None]
-    return DisplayPart(heading, lead + Markup("."), figures, [_table(result), _changes(result)])
+    tables = [_table(result), _changes(result), *length_tables(run)]
+    return DisplayPart(heading, lead + Markup("."), [*figures, *length_figures(run)], tables)
 
 
 def _value(arm: Mapping[str, Any], key: str) -> float | None:

@@ -14,11 +14,19 @@ Row = tuple[str, int, Mapping[str, Any] | None, Mapping[str, Any] | None, int]
 """Arm (and judge), tokens, refusal, harm, answers cut off."""
 
 
+def _arms(result: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Arms by name, those of a dose curve behind the others; a factor of 1 is the untreated one again."""
+    for name in _ARMS:
+        yield name, result.get(name) or {}
+    for dose in result.get("doses") or ():
+        if dose["factor"] != 1:
+            yield f"factor {dose['factor']:g}", dose["treated"]
+
+
 def _rows(run: ReportedRun) -> list[Row]:
     """Every point of every arm: verify has one judge of each kind, evaluate rates by judge."""
     rows: list[Row] = []
-    for name in _ARMS:
-        arm = run.result.get(name) or {}
+    for name, arm in _arms(run.result):
         for point in arm.get("lengths") or ():
             if "harm" in point:
                 rows += _by_judge(name, point)
