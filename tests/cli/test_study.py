@@ -232,6 +232,19 @@ def test_attacks_that_are_none_are_said_at_once(flag, said):
     assert said in done.err
 
 
+def test_what_is_pruned_of_neurons_from_a_file_is_said(words, tiny_pair, tmp_path):
+    table = load(tiny_pair.plain).table
+    for name, members in (("safety", [1, 4, 7, 9]), ("foundation", [4])):
+        NeuronSet({"layers.0.up": members}, table).save(tmp_path / f"{name}.safetensors")
+    files = ["--neurons", tmp_path / "safety.safetensors"]
+    files += ["--foundation-neurons", tmp_path / "foundation.safetensors"]
+    line = ["study", "stress", *words, *files, "--attacks", "prune", "--text", tiny_pair.text]
+    part, whole = (command(*line, "--pruned", share, "--out", tmp_path / share) for share in ("0.5", "1"))
+    assert (part.code, whole.code) == (0, 0)
+    assert "a random part" in part.err
+    assert "a random part" not in whole.err
+
+
 @pytest.mark.parametrize("text", ["0", "2", "a", "0.1,-1"])
 def test_shares_to_prune_are_shares(text):
     done = command("study", "stress", "--model", "nowhere", f"--pruned={text}")

@@ -420,6 +420,10 @@ def stress(session: Session, study: StressStudy) -> dict[str, Any]:
             shares(study, "scales"),
             study.kinds,
         )
+        if sets.scores is None and "prune" in study.kinds and min(attack.shares) < 1:
+            session.notes.append(
+                "neurons from a file have no order: what is pruned is a random part, not the strongest"
+            )
         with session.status("study stress") as tell:
             result = studies.stress(
                 model, sets, plan, attack, lab, cache=Cache(session.folder.path), tell=tell

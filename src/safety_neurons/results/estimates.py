@@ -64,7 +64,7 @@ def rate(outcomes: Outcomes, groups: GroupLabels = None) -> Rate:
 
 
 def rate_over_seeds(outcomes: Sequence[Outcomes], groups: GroupLabels = None) -> Rate:
-    """The mean over seeds of the means over prompts: seeds and prompts both vary, Student's quantile over the
+    """The mean of the scored outcomes of all seeds: seeds and prompts both vary, Student's quantile over the
     seeds.
 
     Args:
