@@ -41,6 +41,21 @@ def test_data_verify_fails_in_one_line_for_what_is_not_ready(tmp_path):
     )
 
 
+def test_prompts_may_be_named_as_a_suite(tiny_pair, tmp_path, monkeypatch):
+    monkeypatch.setenv("SAFETY_NEURONS_DATA", str(tmp_path / "data"))
+    file = tmp_path / "data" / "harmful_behaviors.csv"
+    line = ["find", "attribution", "--model", tiny_pair.plain, "--prompts", "suite:advbench", "--offline"]
+    file.parent.mkdir()
+    assert "harmful_behaviors.csv" in refused(*line)
+    file.write_text(TABLE, encoding="utf-8")
+    assert "3 prompts" in command(*line, "--dry-run").out
+    found = done(*line, "--limit", 2, "--out", tmp_path / "run")
+    assert found["prompts"]["used"] == 2
+    assert "finished" in command(*line, "--limit", 2, "--out", tmp_path / "run").err
+    file.write_text(TABLE.replace("request 0", "request 9"), encoding="utf-8")
+    assert "prompts" in refused(*line, "--limit", 2, "--out", tmp_path / "run")
+
+
 def test_import_attacks_writes_one_form_and_counts_by_label(tmp_path):
     jailbreaks = [
         {"goal": "Do one", "behavior": "One", "prompt": "As a poet"},

@@ -45,6 +45,23 @@ def run(capsys: pytest.CaptureFixture[str], *words: Any) -> tuple[int, str]:
     return int(code or 0), capsys.readouterr().out
 
 
+def test_a_guard_is_fit_on_suites_by_name_and_by_their_labels(
+    place: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = map(json.loads, (place / "labelled.jsonl").read_text().splitlines())
+    rows = [f"{one['prompt']},{int(one['label'] == 'unsafe')}\n" for one in records]
+    (tmp_path / "toxic-chat_annotation_test.csv").write_text("user_input,toxicity\n" + "".join(rows))
+    monkeypatch.setenv("SAFETY_NEURONS_DATA", str(tmp_path))
+    line = ["guard", "fit", "--model", place / "model", "--neurons", place / "neurons.safetensors"]
+    line += ["--pooling", "last", "--offline", "--json"]
+    by_name = ["--unsafe", "suite:toxic-chat-unsafe", "--safe", "suite:toxic-chat-safe"]
+    by_label = ["--labelled", "suite:toxic-chat", "--label-column", "kind"]
+    for name, source in (("by name", by_name), ("by label", by_label)):
+        code, out = run(capsys, *line, *source, "--out", tmp_path / name)
+        assert code == 0, out
+        assert json.loads(out)["prompts"] == {"unsafe": 30, "safe": 30, "left_out": 0}
+
+
 def test_a_fitted_guard_is_loaded_recalibrated_and_answers(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -58,11 +58,11 @@ class Examples(Declaration):
     PANEL: ClassVar[str | None] = "What is unsafe and what is safe"
 
     unsafe: PromptFile | None = None
-    """Prompts to flag: a file or builtin:NAME[/LANG]."""
+    """Prompts to flag: a file, builtin:NAME[/LANG] or suite:NAME."""
     safe: PromptFile | None = None
-    """Prompts to let pass: a file or builtin:NAME[/LANG]."""
+    """Prompts to let pass: a file, builtin:NAME[/LANG] or suite:NAME."""
     labelled: PromptFile | None = None
-    """A prompt file with a label in every record."""
+    """A prompt file with a label in every record, or suite:NAME with --label-column kind."""
     label_column: str = "label"
     """Field of --labelled that holds the label."""
     completions: Annotated[pathlib.Path | None, Reads("files")] = None
@@ -406,7 +406,7 @@ class HeldAgainst(Declaration):
     PANEL: ClassVar[str | None] = "What it is held against"
 
     unsafe: SeveralLists = "builtin:harmful-test"
-    """Comma-separated: FILE, NAME=FILE or builtin:NAME, one a data set."""
+    """Comma-separated: FILE, NAME=FILE, builtin:NAME or suite:NAME, one a data set."""
     safe: SeveralLists = "builtin:harmless-test"
     """Safe requests, likewise; the same NAME makes them one data set."""
     over_refusal: SeveralLists | None = None
@@ -419,7 +419,7 @@ class HeldAgainst(Declaration):
         super().check()
         for name in ("unsafe", "safe"):
             if not listed(getattr(self, name)):
-                raise UsageError(f"--{name} names nothing; expected a file or builtin:NAME")
+                raise UsageError(f"--{name} names nothing; expected a file, builtin:NAME or suite:NAME")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,9 @@ from safety_neurons.declarations import (
 from safety_neurons.errors import GateError, UsageError
 
 TEMPLATES = ("auto", "none", "tulu")
-NOT_A_FILE = ("builtin:", "organism:")
+SUITE = "suite:"
+"""Before the name of a suite of the catalogue, where prompts are named."""
+NOT_A_FILE = ("builtin:", "organism:", SUITE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +199,7 @@ def parse_sizes(text: str | None, option: str = "--sizes") -> list[float]:
 
 
 def named(text: str | None) -> list[tuple[str, str]]:
-    """(name, file) of every part of a comma-separated list of FILE, NAME=FILE and builtin:NAME."""
+    """(name, file) of every part of a comma-separated list of FILE, NAME=FILE, builtin:NAME, suite:NAME."""
     parts = []
     for part in listed(text) or ():
         name, sign, path = part.partition("=")
@@ -374,7 +376,6 @@ class Session:
         Words such as `none` name no file, nor does what other options leave unused.
         """
         from safety_neurons.neurons import NeuronSet, Scores
-        from safety_neurons.prompt_lists import prompts
 
         for name, reads in self.reads.items():
             source = self.options[name]
@@ -385,10 +386,10 @@ class Session:
             ):
                 continue
             for path in [path for _, path in named(source)] if reads.several else [source]:
-                if path.startswith(NOT_A_FILE):
+                if reads.kind == "prompts" and (path.startswith(SUITE) or not path.startswith(NOT_A_FILE)):
+                    self._prompts(path, None, None, **self.columns(reads))
+                elif path.startswith(NOT_A_FILE):
                     continue
-                if reads.kind == "prompts":
-                    prompts(path, **self.columns(reads))
                 elif reads.kind in ("neurons", "scores"):
                     (NeuronSet if reads.kind == "neurons" else Scores).load(path)
 
@@ -451,12 +452,25 @@ class Session:
 
     def prompts(self, source: str, model: Any, limit: int | None = None, **columns: str | None) -> Any:
         """Prompts by name or file; `builtin:` names mean the organism's own where the model is one."""
-        from safety_neurons.prompt_lists import prompts
-
-        read = prompts(source, limit=limit, folder=None if model is None else model.prompt_folder, **columns)
+        read = self._prompts(source, limit, None if model is None else model.prompt_folder, **columns)
         self.notes.extend(f"{source}: {note}" for note in read.notes)
         self.hashes[f"prompts {source}"] = read.sha256
         return read
+
+    def _prompts(self, source: str, limit: int | None, folder: Any, **columns: str | None) -> Any:
+        if not source.startswith(SUITE):
+            from safety_neurons.prompt_lists import prompts
+
+            return prompts(source, limit=limit, folder=folder, **columns)
+        from safety_neurons.suites import suite
+
+        if columns.get("answer_column"):
+            raise UsageError(
+                f"{source}: a suite knows which column holds its answers, got {columns['answer_column']!r}; "
+                "leave the option for the column away"
+            )
+        name, offline = source.removeprefix(SUITE), self.common.offline
+        return suite(name, limit=limit, offline=offline, column=columns.get("column")).prompts
 
     def neurons(self, path: str, model: Any) -> Any:
         """A neuron file, checked against the model."""
@@ -729,6 +743,13 @@ def _suite(name: str, options: Mapping[str, Any], common: Common) -> Contents:
     )
 
 
+def _prompts(name: str, options: Mapping[str, Any], common: Common) -> Contents:
+    """A prompt file, or the files of a suite."""
+    if name.startswith(SUITE):
+        return _suite(name.removeprefix(SUITE), {"column": options.get("column")}, common)
+    return _file(name, options, common)
+
+
 def _organism(name: str, _options: Mapping[str, Any], _common: Common) -> Contents:
     from safety_neurons.model.files import open_organism
     from safety_neurons.results.run import contents_of
@@ -738,7 +759,7 @@ def _organism(name: str, _options: Mapping[str, Any], _common: Common) -> Conten
 
 _READERS: dict[str, Callable[[str, Mapping[str, Any], Common], Contents]] = {
     "files": _file,
-    "prompts": _file,
+    "prompts": _prompts,
     "sets": _set,
     "neurons": _set,
     "scores": _set,
