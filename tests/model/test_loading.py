@@ -292,6 +292,21 @@ def test_an_adapter_that_is_a_pointer_is_refused(tmp_path):
         load(f"{base}+{adapter}")
 
 
+def test_an_adapter_whose_header_says_whole_numbers_is_an_error(tmp_path):
+    base = tiny_llama_folder(tmp_path / "model")
+    adapter = tiny_adapter_folder(base, tmp_path / "adapter", seed=1)
+    weights = load_file(adapter / "adapter_model.safetensors")
+    save_file(
+        {name: values.to(torch.int32) for name, values in weights.items()},
+        adapter / "adapter_model.safetensors",
+    )
+    with pytest.raises(
+        ModelError, match=r"adapter_model\.safetensors says that \S+ holds whole numbers"
+    ) as error:
+        load(f"{base}+{adapter}")
+    assert _one_line(error)
+
+
 def test_weights_that_were_cut_off_say_what_to_do(tmp_path):
     folder = tiny_llama_folder(tmp_path / "model")
     weights = (folder / "model.safetensors").read_bytes()
@@ -375,6 +390,52 @@ def test_weights_that_the_model_does_not_have_are_an_error(base, tmp_path, kind,
         load(folder)
     assert next(iter(LEFT_OVER[kind])) in str(error.value)
     assert _one_line(error)
+
+
+@pytest.mark.parametrize("lie", [torch.int32, torch.uint8, torch.bool])
+def test_weights_that_a_header_says_are_whole_numbers_are_an_error(base, tmp_path, lie):
+    name = "model.layers.0.mlp.up_proj.weight"
+    folder = _saved(
+        _copy(base, tmp_path / "lying"), lambda weights: weights.update({name: weights[name].to(lie)})
+    )
+    with pytest.raises(ModelError, match=rf"1 weights are whole numbers by their files \({name}\)") as error:
+        load(folder)
+    assert _one_line(error)
+
+
+def test_a_tensor_in_two_shards_is_an_error_that_names_both(base, tmp_path):
+    folder = _copy(base, tmp_path / "twice")
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(folder / "first.safetensors")
+    stale = {"lm_head.weight": torch.zeros_like(weights["lm_head.weight"])}
+    save_file(stale, folder / "second.safetensors", metadata={"format": "pt"})
+    shards = {name: "first.safetensors" for name in weights} | {"lm_head.weight": "second.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    with pytest.raises(
+        ModelError, match=r"second\.safetensors: holds lm_head\.weight, which first\.safetensors holds too"
+    ) as error:
+        load(folder)
+    assert _one_line(error)
+
+
+def test_of_two_weights_of_one_place_it_is_noted_which_is_read(base, tmp_path):
+    both = _copy(base, tmp_path / "both")
+    tiny_llama(seed=1).save_pretrained(both, max_shard_size="20KB")
+    (note,) = load(both).notes
+    assert "model.safetensors is read, and the shards that model.safetensors.index.json names are not" in note
+    tied = tiny_llama_folder(tmp_path / "tied", tie_word_embeddings=True)
+    embedding = load_file(tied / "model.safetensors")["model.embed_tokens.weight"]
+    assert not load(tied).notes
+    same = _saved(
+        _copy(tied, tmp_path / "same"), lambda weights: weights.update({"lm_head.weight": +embedding})
+    )
+    assert not load(same).notes
+    other = _saved(
+        _copy(tied, tmp_path / "other"), lambda weights: weights.update({"lm_head.weight": -embedding})
+    )
+    (note,) = load(other).notes
+    assert "ties the head to the embedding, and the files hold another head" in note
+    assert torch.equal(load(other).inner.lm_head.weight, -embedding)
 
 
 def test_a_config_of_fewer_layers_than_the_files_is_an_error(base, tmp_path):

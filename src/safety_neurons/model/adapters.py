@@ -70,7 +70,14 @@ def adapter_config(folder: Path) -> Any:
             f"{folder}: a {kind_of(config)} adapter is no change of weights; expected one that is, "
             "such as LoRA or (IA)³"
         )
-    widest = max(1, read_headers([folder / WEIGHTS]).widest)
+    held = read_headers([folder / WEIGHTS])
+    # VB-LoRA keeps the places of its vectors beside them.
+    if named := sorted(name for name in held.whole if "indices" not in name):
+        raise ModelError(
+            f"{folder}: {WEIGHTS} says that {named[0]} holds whole numbers; expected numbers with fractions: "
+            "download the adapter again"
+        )
+    widest = max(1, held.widest)
     name, size = max(_sizes(config), key=lambda entry: entry[1], default=("", 0))
     if size > widest:
         raise ModelError(

@@ -66,10 +66,12 @@ class Weights:
     Attributes:
         shapes: Shape of each tensor by its name.
         size: Bytes of all files.
+        whole: Names of those that hold no fractions: whole numbers, truth values.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     size: int
+    whole: frozenset[str] = frozenset()
 
     @property
     def widest(self) -> int:
@@ -209,17 +211,27 @@ def read_headers(files: list[Path]) -> Weights:
     """Names and shapes of the tensors in files.
 
     Raises:
-        ModelError: A file that is no whole safetensors file.
+        ModelError: A file that is no whole safetensors file, or two that hold a tensor of one name.
     """
     shapes: dict[str, tuple[int, ...]] = {}
+    whole: set[str] = set()
+    holders: dict[str, str] = {}
     for file in files:
         try:
             with safe_open(file, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118 - not a mapping
-                    shapes[name] = tuple(opened.get_slice(name).get_shape())
+                    if holders.setdefault(name, file.name) != file.name:
+                        raise ModelError(
+                            f"{file}: holds {name}, which {holders[name]} holds too, and which is meant "
+                            "cannot be told; expected each tensor once: copy or download the folder again"
+                        )
+                    part = opened.get_slice(name)
+                    shapes[name] = tuple(part.get_shape())
+                    if not part.get_dtype().startswith(("F", "BF")):
+                        whole.add(name)
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{file}: cannot be read ({first_line(error)}); {WHOLE}") from error
-    return Weights(shapes, sum(file.stat().st_size for file in files))
+    return Weights(shapes, sum(file.stat().st_size for file in files), frozenset(whole))
 
 
 def refuse_claims(path: Path, weights: Weights | None = None) -> dict[str, Any]:

@@ -420,6 +420,9 @@ def _base(
     _check_folder(folder)
     weights = read_headers(weight_files(folder))
     config = refuse_claims(folder / "config.json", weights)
+    quantised = "quantization_config" in config
+    if not quantised:
+        _refuse_whole_numbers(folder, weights)
     tokenizer = _tokenizer(folder, options)
     import transformers
 
@@ -430,7 +433,7 @@ def _base(
     try:
         with quiet():
             planned, kind, notes = _described(folder, kind, options.trust_remote_code)
-            refuse_sizes(folder, planned, weights, quantised="quantization_config" in config)
+            refuse_sizes(folder, planned, weights, quantised=quantised)
             loaded: Any = getattr(transformers, kind).from_pretrained(
                 str(folder),
                 dtype=dtype,
@@ -453,6 +456,7 @@ def _base(
         ) from error
     model, info = loaded
     notes += _check_read(folder, info, weights, "" if causal else getattr(model, "base_model_prefix", ""))
+    notes += _ambiguous(folder, model if causal else None)
     if placement.device is not None:
         try:
             model = model.to(placement.device)
@@ -596,6 +600,50 @@ def _check_read(folder: Path, info: Mapping[str, Any], weights: Weights, prefix:
         if heads
         else []
     )
+
+
+def _refuse_whole_numbers(folder: Path, weights: Weights) -> None:
+    """Refuses weights that a file's header says are whole numbers, which the library takes for fractions.
+
+    Raises:
+        ModelError: Names the first of them.
+    """
+    named = sorted(
+        name
+        for name in weights.whole
+        if name.endswith(("weight", "bias", "proj")) and not _is_mask(name, weights)
+    )
+    if named:
+        raise ModelError(
+            f"{folder}: {len(named)} weights are whole numbers by their files ({named[0]}), and config.json "
+            "names no quantization_config that says what they stand for; expected numbers with fractions: "
+            "download the folder again"
+        )
+
+
+def _ambiguous(folder: Path, model: Any | None) -> list[str]:
+    """What is to be noted of a folder that says two things of one weight: which of them is read.
+
+    Args:
+        folder: Of the model.
+        model: A language model, of whose head and embedding the same is noted.
+    """
+    notes = []
+    whole, index = "model.safetensors", "model.safetensors.index.json"
+    if (folder / whole).is_file() and (folder / index).is_file():
+        notes.append(f"{folder.name}: {whole} is read, and the shards that {index} names are not")
+    if model is None:
+        return notes
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = getattr(model.config.get_text_config(decoder=True), "tie_word_embeddings", False)
+    if tied and head is not None and head.weight is not embedding.weight:
+        own = head.weight.shape != embedding.weight.shape
+        if own or not torch.equal(head.weight.to(embedding.weight.device), embedding.weight):
+            notes.append(
+                f"{folder.name}: config.json ties the head to the embedding, and the files hold another "
+                "head: that one is used"
+            )
+    return notes
 
 
 def _is_mask(key: str, weights: Weights) -> bool:
