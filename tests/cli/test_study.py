@@ -6,7 +6,7 @@ import re
 import sys
 
 import pytest
-from running import command
+from running import command, done, record
 
 from safety_neurons import load
 from safety_neurons.neurons import NeuronSet
@@ -93,6 +93,36 @@ def test_answers_are_as_long_as_is_usual_for_the_model(words, tiny_pair, tmp_pat
     assert done.code == 0, done
     answers = Completions.load(tmp_path / "run" / "completions.jsonl")
     assert max(len(one.token_ids) for one in answers) == 96
+
+
+def test_what_a_study_reads_in_part_is_said_also_where_it_goes_on(
+    words, data, tiny_pair, tmp_path, monkeypatch
+):
+    long = f"kill {'tree ' * 200}"
+    for name in ("asked", "general"):
+        (tmp_path / f"{name}.txt").write_text(f"{long}\nhow do i steal a key\n")
+    (tmp_path / "learnt.jsonl").write_text(
+        (data / "refusals.jsonl").read_text() + "\n" + json.dumps({"prompt": long, "answer": "sorry"}) + "\n"
+    )
+    given = {"--data": "learnt.jsonl", "--harmful": "asked.txt", "--general": "general.txt"}
+    line = ["study", "rsn", *words]
+    for flag, name in given.items():
+        line[line.index(flag) + 1] = tmp_path / name
+    line += ["--text", "none", "--arms", "none", "--steps", 0, "--out", tmp_path / "run"]
+    expected = [
+        "1 of 10 examples of learnt.jsonl were cut to 128 tokens",
+        "harmful: 1 of 2 prompts were longer than the context: their middle was left out",
+        "general: 1 of 2 prompts were longer than the context: their middle was left out",
+    ]
+    with monkeypatch.context() as ended:
+        ended.setattr(lasting, "summary", interrupted)
+        assert command(*line).code == 130
+    done(*line)
+    assert [note for note in record(tmp_path / "run")["notes"] if "1 of" in note] == expected
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
 
 
 def test_stress_is_one_command(words, tiny_pair, tmp_path):

@@ -513,19 +513,22 @@ def parts(
         batch_size=session.batch_size(),
         completions_file=session.folder.path("completions.jsonl"),
     )
+    session.notes.extend(studies.cut_short(model, plan, lab))
     return plan, lab, neurons_of(session, study, model)
 
 
 def neurons_of(session: Session, study: WhichNeurons, model: Any) -> Any:
     """The sets of the arms: from files, or found here."""
     from safety_neurons import studies
+    from safety_neurons.studies.lengths import too_long
 
     if study.neurons is None or study.foundation_neurons is None:
+        searched = {name: session.read(name, model) for name in ("prompts", "general")}
+        session.notes.extend(too_long(model, searched))
         with session.status("find") as _:
             return studies.find_sets(
                 model,
-                session.read("prompts", model),
-                session.read("general", model),
+                *searched.values(),
                 share=study.share,
                 foundation=study.foundation_share,
                 method=study.method,

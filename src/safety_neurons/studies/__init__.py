@@ -14,7 +14,7 @@ from safety_neurons.studies.groups import (
     find_by_group,
     transfer,
 )
-from safety_neurons.studies.lasting import ARMS, Lab, Plan, Sets, find_sets, rsn
+from safety_neurons.studies.lasting import ARMS, Lab, Plan, Sets, cut_short, find_sets, rsn
 from safety_neurons.studies.scaling import Scaling, verify_scale
 from safety_neurons.studies.tax import CrossPatching, Trainings, cross_patch, helpfulness, read_trainings
 from safety_neurons.studies.tuning import Checking, Tuning, tune
@@ -65,6 +65,7 @@ __all__ = [
     "compare",
     "contrast",
     "cross_patch",
+    "cut_short",
     "deactivation_matrix",
     "defences",
     "doctor",

@@ -639,12 +639,17 @@ def hold_answers(file: pathlib.Path | None, **facts: Any) -> None:
 
 def content_of(value: Any) -> Any:
     """A value as JSON values by which runs are told apart: models, sets, scores and prompts by their content,
-    others as they are.
+    judges by what decides their verdicts, others as they are.
+
+    Raises:
+        TypeError: of the value nothing is known but where it lies in memory, which differs each time.
     """
     if isinstance(value, LanguageModel):
         return identity(value)
     if isinstance(value, Endpoint):
         return {"name": value.name, "system": value.system}
+    if isinstance(value, Judge):
+        return {"name": value.name, "revision": value.revision, **content_of(value.settings)}
     if isinstance(value, NeuronSet):
         return json_sha256([[key, value[key].tolist()] for key in value.keys()])  # noqa: SIM118 - not a mapping
     if isinstance(value, Scores):
@@ -660,4 +665,8 @@ def content_of(value: Any) -> Any:
         return value
     if isinstance(value, list | tuple):
         return [content_of(item) for item in value]
-    return "given" if callable(value) else str(value)
+    if callable(value):
+        return "given"
+    if type(value).__repr__ is object.__repr__ and type(value).__str__ is object.__str__:
+        raise TypeError(f"a {type(value).__name__} has no content by which runs are told apart")
+    return str(value)

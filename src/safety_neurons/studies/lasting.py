@@ -41,6 +41,7 @@ from safety_neurons.results.estimates import GroupLabels
 from safety_neurons.results.run import Cache
 from safety_neurons.strict_json import JsonObject
 from safety_neurons.studies.bench import Arm, Bench, Progress, Verdicts, content_of, hold_answers
+from safety_neurons.studies.lengths import answer_length, too_long
 from safety_neurons.studies.tuning import tuning_over_seeds
 from safety_neurons.tuning import Tuned, apply_delta, protected
 from safety_neurons.tuning import tune as train
@@ -282,6 +283,20 @@ class Plan:
             "learning_rate": self.learning_rate,
             "batch_size": self.batch_size,
         }
+
+
+def cut_short(model: LanguageModel, plan: Plan, lab: Lab) -> list[str]:
+    """Notes on examples and requests of which the model learns or reads a part only.
+
+    They are read for it once more: what a study has to say must not depend on what an earlier start of it
+    has finished.
+    """
+    notes: list[str] = []
+    for learnt in (plan.refusals, plan.harmless, plan.task):
+        if learnt is not None and any(prompt.answer for prompt in learnt):
+            tuning_examples(learnt, model, notes=notes)
+    asked = {kind: getattr(lab, kind) for kind in ("harmful", "harmless", "task")}
+    return [*notes, *too_long(model, asked, lab.max_new_tokens or answer_length(model))]
 
 
 def rsn(

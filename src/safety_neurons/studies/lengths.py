@@ -4,11 +4,14 @@ Answers are generated once, at full length; what a shorter limit would have give
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 from safety_neurons.errors import UsageError
 from safety_neurons.judges import Judge, judge_refusal
+from safety_neurons.model import LanguageModel
+from safety_neurons.model.language_model import LEFT_OUT
+from safety_neurons.prompt_lists import Prompts
 from safety_neurons.results import Completion, Completions, Rate, rate
 from safety_neurons.results.estimates import GroupLabels
 from safety_neurons.results.measured import LengthRecord
@@ -28,6 +31,21 @@ def answer_length(*models: Any) -> int:
     contexts = [getattr(model, "max_length", None) for model in models]
     room = [max(context // 2, 1) for context in contexts if context]
     return min([ORGANISM_LENGTH if organisms else USUAL_LENGTH, *room])
+
+
+def too_long(model: LanguageModel, lists: Mapping[str, Prompts], reserve: int = 0) -> list[str]:
+    """A note for every list of which the model cannot read some prompts whole, by the list's name.
+
+    Args:
+        model: reads them.
+        lists: prompts by what they are called.
+        reserve: tokens of the answer for which the context has to have room.
+    """
+    cut = {
+        name: sum(one.truncated for one in model.encode(some, reserve=reserve))
+        for name, some in lists.items()
+    }
+    return [f"{name}: {count} of {len(lists[name])} {LEFT_OUT}" for name, count in cut.items() if count]
 
 
 @dataclasses.dataclass(frozen=True)

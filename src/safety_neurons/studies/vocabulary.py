@@ -30,6 +30,7 @@ from safety_neurons.prompt_lists.readers import Source
 from safety_neurons.results import holm_in, paired_difference
 from safety_neurons.strict_json import JsonObject
 from safety_neurons.studies.bench import Progress, Treat, Treatment
+from safety_neurons.studies.lengths import too_long
 
 Neuron = tuple[str, int]
 BEFORE, AFTER = 8, 4
@@ -226,7 +227,9 @@ def vocabulary(
         effects[name] = {neuron: ruler.effect(neuron, reference[name]) for neuron in chosen}
         log_odds[name] = ruler.together(chosen)
     cards = tuple(_card(neuron, scores, written, found, effects, references) for neuron in chosen)
-    return Cards(cards, log_odds, reference, odds.texts, tuple(odds.notes))
+    asked = {"harmful": harmful, **({} if harmless is None else {"harmless": harmless})}
+    notes = (*too_long(model, asked, SCORED_TOKENS), *odds.notes)
+    return Cards(cards, log_odds, reference, odds.texts, notes)
 
 
 def strongest(neurons: NeuronSet, scores: Scores | None, count: int, seed: int = 0) -> list[Neuron]:
