@@ -12,6 +12,7 @@ import torch
 from running import command, done, record, refused
 from safetensors.torch import load_file, save_file
 
+from forked import forked
 from safety_neurons.neurons import NeuronSet, Provenance, Scores
 from tiny import CHAT_TEMPLATE, tiny_llama_folder, tiny_tokenizer
 
@@ -293,6 +294,36 @@ def test_an_output_that_cannot_be_written_is_found_before_a_model_is_loaded(tiny
         closed = tmp_path / "closed"
         closed.mkdir(mode=0o500)
         assert "writable" in refused(*find(tiny_pair, tiny_pair.harmful, "--out", closed / "run"))
+
+
+LONG = "n" * 300
+
+
+@pytest.mark.parametrize("option", ["--prompts", "--model", "--template", "--out"])
+def test_a_path_that_the_system_will_not_look_at_is_said_in_one_line(option, tiny_pair, tmp_path):
+    given = {
+        "--model": tiny_pair.plain,
+        "--prompts": tiny_pair.harmful,
+        "--template": "auto",
+        "--out": tmp_path,
+    }
+    said = refused("find", "importance", *(word for pair in {**given, option: LONG}.items() for word in pair))
+    assert "nnn' (File name too long); expected a path that can be read or written" in said
+    assert len(said) < 300
+
+
+def test_a_folder_that_is_not_to_be_looked_into_is_said_in_one_line(tiny_pair, tmp_path):
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o600)
+
+    def asked():
+        if not os.getuid():
+            os.seteuid(65534)  # The superuser may look into every folder.
+        return command("find", "importance", "--model", tiny_pair.plain, "--prompts", closed / "p.txt").err
+
+    said = forked(asked)
+    assert said.count("\n") == 1
+    assert "p.txt' (Permission denied); expected" in said
 
 
 def test_a_model_that_is_not_there_is_named(tiny_pair, tmp_path):

@@ -305,11 +305,19 @@ def _run_guarded(
     except Exception as error:
         if is_usage(error):
             raise
-        message = (
-            f"{type(error).__name__}: {' '.join(str(error).split())} (not foreseen: run again with --debug "
-            "and report the traceback)"
-        )
-        fail(message, 1, error, as_json=as_json, debug=debug)
+        fail(unforeseen(error), 1, error, as_json=as_json, debug=debug)
+
+
+def unforeseen(error: Exception) -> str:
+    """What to say of an error that nothing in this package raises."""
+    if isinstance(error, OSError) and error.filename is not None:
+        # Whether a path is there is asked in many places, and the system may refuse to say: of a name that is
+        # too long, in a folder that is not to be looked into, on a disk that fails.
+        name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else str(error.filename)
+        shown = repr(name if len(name) <= 100 else f"{name[:50]}…{name[-50:]}")
+        return f"cannot use {shown} ({error.strerror}); expected a path that can be read or written: check it"
+    said = " ".join(str(error).split())
+    return f"{type(error).__name__}: {said} (not foreseen: run again with --debug and report the traceback)"
 
 
 def is_usage(error: Exception) -> bool:
