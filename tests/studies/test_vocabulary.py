@@ -12,7 +12,7 @@ from families import build
 from safety_neurons import organism
 from safety_neurons.cli.analyze import CardOptions
 from safety_neurons.detectors.methods import ExplainedTexts
-from safety_neurons.errors import NeuronError, UnsupportedModelError
+from safety_neurons.errors import NeuronError, NumericalError, UnsupportedModelError
 from safety_neurons.model import LanguageModel, load_pair
 from safety_neurons.neurons import NeuronSet, Scores
 from safety_neurons.prompt_lists import Prompts
@@ -112,6 +112,23 @@ def test_log_odds_are_mean_log_probabilities_of_the_two_texts(lm):
             start = len(prompt.ids)
             means.append(np.mean([float(table[start - 1 + place, token]) for place, token in enumerate(ids)]))
         assert value == pytest.approx(means[0] - means[1])
+
+
+def test_log_odds_that_are_no_numbers_are_said_and_prompts_that_are_too_long_too(lm, monkeypatch):
+    long = Prompts.from_list([f"kill {'tree ' * 200}", HARMFUL[0]])
+    cards = vocabulary(lm, NEURONS[:1], long, None, **TEXTS.values(), tokens=2, places=1, random=2)
+    assert cards.notes == ("harmful: 1 of 2 prompts were longer than the context: their middle was left out",)
+    odds = RefusalOdds.of(lm, None, Prompts.from_list(HARMFUL[:2]), TEXTS)
+    unembed = lm.model.lm_head.forward
+    monkeypatch.setattr(
+        lm.model.lm_head,
+        "forward",
+        lambda hidden: unembed(hidden).index_fill(0, torch.tensor([1]), torch.nan),
+    )
+    with pytest.raises(
+        NumericalError, match="1 of 2 prompts gave NaN or infinity where log-odds were measured"
+    ):
+        odds.measure(lm)
 
 
 def test_random_neurons_are_of_the_same_matrices_and_give_a_range(made):

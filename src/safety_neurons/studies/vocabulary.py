@@ -16,7 +16,7 @@ from safety_neurons.declarations import Count, Positive
 from safety_neurons.detectors.attribution import SCORED_TOKENS, ScoredRow, explained, tokens_behind
 from safety_neurons.detectors.methods import ExplainedTexts
 from safety_neurons.display import Displayed
-from safety_neurons.errors import InputError, NeuronError, UnsupportedModelError
+from safety_neurons.errors import InputError, NeuronError, NumericalError, UnsupportedModelError
 from safety_neurons.interventions import deactivated, patched
 from safety_neurons.model import LanguageModel, run_batches, token_log_probabilities
 from safety_neurons.model.batches import Batch, BatchSize
@@ -528,7 +528,11 @@ class RefusalOdds:
     def measure(
         self, model: LanguageModel, treatment: Treatment = contextlib.nullcontext
     ) -> Float64[np.ndarray, " prompt"]:
-        """Log-odds of every prompt that counts, in nats per token."""
+        """Log-odds of every prompt that counts, in nats per token.
+
+        Raises:
+            NumericalError: some are no numbers.
+        """
         flat = [row for rows in self.rows for row in rows]
         spans = [(row.start, len(row.ids)) for row in flat]
         with treatment():
@@ -537,7 +541,13 @@ class RefusalOdds:
             )
         values = [row.weight * float(part.mean()) for row, part in zip(flat, found, strict=True)]
         ends = np.cumsum([len(rows) for rows in self.rows])[:-1]
-        return np.array([part.sum() for part in np.split(np.array(values), ends)])
+        odds = np.array([part.sum() for part in np.split(np.array(values), ends)])
+        if lost := int((~np.isfinite(odds)).sum()):
+            raise NumericalError(
+                f"{lost} of {len(odds)} prompts gave NaN or infinity where log-odds were measured; expected "
+                "numbers: leave these prompts out, check the model's weights, or use --dtype float32"
+            )
+        return odds
 
 
 @dataclasses.dataclass
