@@ -99,15 +99,17 @@ def join() -> None:
 def _meet() -> None:
     job = _job
     assert job is not None
-    patience = datetime.timedelta(seconds=PATIENCE)
+    until, patience = time.monotonic() + PATIENCE, datetime.timedelta(seconds=PATIENCE)
     # Two connections: whoever asks by one waits while another thread asks by the same.
     job.store, store = (
         next(torch.distributed.rendezvous("env://", job.rank, job.size, timeout=patience))[0]
         for _ in range(2)
     )
+    _end_silent_connections()  # Who gives up meeting a machine that is cut off asks it for a last word.
     keys = [f"safety-neurons/{number}" for number in range(job.size)]
     job.store.set(keys[job.rank], json.dumps(_place()))
-    job.store.wait(keys, patience)
+    # No longer than `join` looks on: it asks by the same connection for who has the first word.
+    job.store.wait(keys, datetime.timedelta(seconds=max(_HEARD, until - time.monotonic())))
     job.places = [Running(*strict_json.loads(job.store.get(key).decode())) for key in keys]
     for number, place in enumerate(job.places):
         at = place.address
