@@ -47,6 +47,14 @@ def _nothing_is_loaded(monkeypatch, tmp_path):
         ([*CONTRAST, "--top", "5"], "0 to 1"),
         ([*CONTRAST, "--top", "nan"], "0 to 1"),
         ([*CONTRAST, "--count", "0"], "--count"),
+        (
+            ["tune", "--model", "m/m", "--neurons", "n", "--anchor", "inf"],
+            "--anchor inf: expected a finite number",
+        ),
+        (
+            ["tune", "--model", "m/m", "--neurons", "n", "--max-perplexity", "0.5"],
+            "0 for no limit, or at least 1",
+        ),
         ([*CONTRAST, "--top", "0.1", "--count", "3"], "expected one rule"),
         ([*CONTRAST, "--agreement", "2"], "share of the prompts"),
         ([*CONTRAST, "--agreement", "0"], "share of the prompts"),

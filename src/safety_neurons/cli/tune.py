@@ -24,7 +24,7 @@ from safety_neurons.declarations import (
     Positive,
     Reads,
 )
-from safety_neurons.errors import RunError, UnsupportedModelError
+from safety_neurons.errors import RunError, UnsupportedModelError, UsageError
 from safety_neurons.tuning.settings import Anchored, BeforeAndAfter, Training
 
 Stage = Callable[[str, Any], None]
@@ -76,6 +76,14 @@ class Watched(Declaration):
     """Largest KL per token on harmless answers, in nats; 0: no limit."""
     max_perplexity: NotNegative = 1.02
     """Largest perplexity of general text, times the untouched model's; 0: no limit."""
+
+    def check(self) -> None:
+        """Also that the untouched model itself would be within the limit."""
+        super().check()
+        if 0 < self.max_perplexity < 1:
+            raise UsageError(
+                f"--max-perplexity {self.max_perplexity}: expected 0 for no limit, or at least 1"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
