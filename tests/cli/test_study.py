@@ -81,6 +81,7 @@ def test_rsn_is_one_command_and_a_finished_one_stays(words, tiny_pair, tmp_path)
     assert not len(sets["robust"] & sets["foundation"])
     shown = command(*line)
     assert "RSN-Tune - SN-Tune" in shown.out
+    assert "Refusal and harm by their judges" in shown.out
     assert "finished" in shown.err
     assert shown.out.startswith("Not achieved by SN-Tune")
 

@@ -498,6 +498,10 @@ COLUMNS = (
 )
 
 
+TIMES = ("before", "after")
+JUDGED = ("arm", *(f"{what} {at}" for at in TIMES for what in ("refused", "harmed")))
+
+
 def repair_part(run: ReportedRun) -> DisplayPart:
     """What was put back."""
     result = run.result
@@ -567,11 +571,22 @@ def rsn_part(run: ReportedRun) -> DisplayPart:
         ("arms", "before", "after", "clear"),
         pairs,
     )
+    judged = [
+        [
+            visible(arm["arm"], 40),
+            *(interval(arm[at][kind]) for at in TIMES for kind in ("refused", "harmed")),
+        ]
+        for arm in result["arms"]
+        if arm["before"].get("refused")  # runs of earlier versions do not say
+    ]
+    tables = [Table("Every arm", COLUMNS, cells), differences]
+    if judged:
+        tables.insert(1, Table("Refusal and harm by their judges", JUDGED, judged))
     return DisplayPart(
         say("Safety through a fine-tune of {}", name(run.model)),
         lead,
         [dots_of(rows, title, caption)],
-        [Table("Every arm", COLUMNS, cells), differences],
+        tables,
     )
 
 
