@@ -378,7 +378,8 @@ def test_a_process_that_dies_while_it_meets_the_others_ends_them(scenes):
     ).exists()  # It was killed, and said nothing.
     (said,) = scenes["meeting"].said(1)
     assert (said.code, said.err.count("\n")) == (1, 1)
-    assert "did not meet the others within 5 seconds (not all of them have come)" in said.err
+    # What stands in brackets depends on what gloo was doing with the killed one at that moment.
+    assert "did not meet the others within 5 seconds (" in said.err
 
 
 def test_a_run_beside_the_folders_of_killed_processes_is_never_removed(tmp_path, monkeypatch):

@@ -258,7 +258,7 @@ def test_the_split_is_stratified_disjoint_and_the_fit_deterministic() -> None:
 
 def test_what_cannot_be_fit_is_an_error_that_says_why() -> None:
     values, labels, _ = examples(100)
-    with pytest.raises(InputError, match="0 safe examples"):
+    with pytest.raises(InputError, match="0 safe requests among 100"):
         fit_on_features(values, np.ones(100, bool))
     broken = values.copy()
     broken[4, 0] = np.nan
