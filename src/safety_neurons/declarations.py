@@ -132,7 +132,7 @@ class Option:
             return
         if self.choices and value not in self.choices:
             raise UsageError(f"{self.flag} {value!r} is unknown; expected one of {', '.join(self.choices)}")
-        if isinstance(value, float) and math.isinf(value):
+        if self.type is not str and isinstance(value, float) and math.isinf(value):
             raise UsageError(f"{self.flag} {value}: expected a finite number")
         if self.between is not None and not self.between.holds(value):
             raise UsageError(f"{self.flag} {value}: expected {self.between}")
