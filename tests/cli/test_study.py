@@ -173,7 +173,7 @@ def test_defences_are_one_command_with_a_figure(words, tiny_pair, tmp_path):
     line = ["study", "defences", *words, "--text", tiny_pair.text, "--arms", "none,SN-Tune,lox"]
     line += [
         "--rates",
-        0.01,
+        0.0003,
         "--steps",
         1,
         "--mixtures",
@@ -189,6 +189,7 @@ def test_defences_are_one_command_with_a_figure(words, tiny_pair, tmp_path):
     shown = command(*line, "--out", tmp_path / "run").out
     assert "does best" in shown
     assert "LoX - SN-Tune" in shown
+    assert "rates 0.0003, steps 1" in shown
 
 
 DEFENDED = ["--rates", "0.01,0.02", "--steps", "1,2", "--max-perplexity", 1e6]

@@ -41,7 +41,7 @@ def defences_part(run: ReportedRun) -> DisplayPart:
         plural(result["arms"][0]["points"], "fine-tune"),
         " and ".join(visible(each, 20) for each in grid["mixtures"]),
         visible(down["how"], 20),
-        ", ".join(number(rate) for rate in grid["rates"]),
+        ", ".join(f"{rate:g}" for rate in grid["rates"]),
         ", ".join(count(steps) for steps in grid["steps"]),
         plural(len(result["seeds"]), "seed"),
         number(grid["max_perplexity"]),
@@ -100,7 +100,7 @@ def _worst(arm: Mapping[str, Any], mixture: str) -> list[Cell]:
     what: list[Cell] = [visible(arm["arm"], 40), visible(mixture, 20)]
     if worst is None:
         return [*what, *[NONE] * 8, out]
-    return [*what, number(worst["rate"]), count(worst["steps"]), *_measures(worst), out]
+    return [*what, f"{worst['rate']:g}", count(worst["steps"]), *_measures(worst), out]
 
 
 def _start(arm: Mapping[str, Any]) -> list[Cell]:
@@ -119,7 +119,7 @@ def _point(row: Mapping[str, Any]) -> list[Cell]:
     return [
         visible(row["arm"], 40),
         visible(row["mixture"], 20),
-        number(row["rate"]),
+        f"{row['rate']:g}",
         count(row["steps"]),
         *(interval(row[kind]) if row[kind] else NONE for kind in ("harmed", "refused", "task")),
         number(row["perplexity"]["value"]),

@@ -596,7 +596,7 @@ def stress_part(run: ReportedRun) -> DisplayPart:
     rows, others = list[list[Cell]](), list[list[Cell]]()
     for point in result["curves"]:
         whole = point["attack"] not in ("prune", "prune random", "subtraction")
-        amount = count(point["amount"]) if whole else number(point["amount"])
+        amount = count(point["amount"]) if whole else f"{point['amount']:g}"
         what: list[Cell] = [visible(point["attack"], 40), amount]
         difference = interval(point["difference"], signed=True)
         rates = [interval(point[side]) for side in ("before", "after")]
