@@ -386,10 +386,10 @@ class Session:
             ):
                 continue
             for path in [path for _, path in named(source)] if reads.several else [source]:
-                if reads.kind == "prompts" and (path.startswith(SUITE) or not path.startswith(NOT_A_FILE)):
-                    self._prompts(path, None, None, **self.columns(reads))
-                elif path.startswith(NOT_A_FILE):
+                if path.startswith(NOT_A_FILE) and not path.startswith(SUITE):
                     continue
+                if reads.kind == "prompts":
+                    self._prompts(path, None, None, **self.columns(reads))
                 elif reads.kind in ("neurons", "scores"):
                     (NeuronSet if reads.kind == "neurons" else Scores).load(path)
 
