@@ -11,7 +11,7 @@ import pytest
 from running import command, done, refused
 
 from safety_neurons.cli import session as options
-from safety_neurons.cli.verb import build
+from safety_neurons.cli.verb import DECLARED, build
 
 CONTRAST = ["find", "contrast", "--base", "nowhere/b", "--aligned", "nowhere/a"]
 VERIFY = ["verify", "deactivate", "--model", "nowhere/m"]
@@ -130,12 +130,34 @@ def test_every_verb_has_the_common_options_of_the_design():
     }
 
 
-def test_the_page_of_options_is_up_to_date():
+def test_answers_that_are_judged_are_as_long_everywhere_as_is_usual_for_the_model():
+    """64 tokens of a real model's answer are often cut before what a judge looks for. Answers that a method
+    reads are judged by nobody, and a server's limit is its operator's.
+    """
+    lengths = {
+        words: option.default
+        for words, _ in options_page().commands(build())
+        for kind in DECLARED[words]
+        for option in kind.options()
+        if option.flag == "--max-new-tokens"
+    }
+    judged = {words: length for words, length in lengths.items() if words.split()[0] != "find"}
+    assert len(judged) > 12
+    assert {words for words, length in judged.items() if length is not None} == {"guard serve"}
+
+
+def options_page():
+    """The script that makes the page of options."""
     spec = importlib.util.spec_from_file_location(
         "options_page", pathlib.Path(__file__).parents[2] / "docs" / "options.py"
     )
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
+    return script
+
+
+def test_the_page_of_options_is_up_to_date():
+    script = options_page()
     assert script.page() == script.PAGE.read_text(encoding="utf-8"), "run `python docs/options.py --write`"
 
 

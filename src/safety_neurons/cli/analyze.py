@@ -215,7 +215,7 @@ def languages(session: Session, study: LanguageStudy) -> dict[str, Any]:
                 wanted(compared.named(), study.definitions),
                 tests,
                 random=study.random,
-                max_new_tokens=study.max_new_tokens,
+                max_new_tokens=session.answer_length(study.max_new_tokens),
                 completions_file=session.folder.path("completions.jsonl"),
                 progress=tell,
                 **session.running,
@@ -305,7 +305,7 @@ def transfer(session: Session, study: TransferStudy) -> dict[str, Any]:
                 answers=session.read("answers", pair.base, limit),
                 limit=limit,
                 random=study.random,
-                max_new_tokens=study.max_new_tokens,
+                max_new_tokens=session.answer_length(study.max_new_tokens),
                 completions_file=session.folder.path("completions.jsonl"),
                 progress=tell,
                 **session.running,
@@ -365,7 +365,7 @@ def finding(session: Session, study: LanguageStudy | TransferStudy, method: str)
         "units": study.units,
         "top": study.top,
         "sites": listed(study.sites) or (("down",) if method == "contrast" else None),
-        "max_new_tokens": study.max_new_tokens,
+        "max_new_tokens": session.answer_length(study.max_new_tokens),
         "batch_size": session.batch_size(),
         "place": session.folder.path,
     }
@@ -550,8 +550,8 @@ class Curves(Some, EvaluationPrompts):
     """Random orders and random sets."""
     points: Positive = 8
     """Most steps of a curve."""
-    max_new_tokens: Annotated[Positive, Panel("Prompts")] = 64
-    """Length of a completion, in tokens."""
+    max_new_tokens: Annotated[Positive | None, Panel("Prompts")] = None
+    """Length of a completion, in tokens. [default: 256, on organisms 64]"""
 
 
 @verb("analyze progressive")
@@ -572,8 +572,15 @@ def progressive(session: Session, given: OneModel, ordered: Ordered, curves: Cur
             session.read(name, model, curves.limit) for name in ("harmful", "harmless", "text")
         )
         completions = session.folder.path("completions.jsonl")
-        drawn = {name: getattr(curves, name) for name in ("random", "points", "max_new_tokens")}
-        options = {**drawn, **session.running, "scores": ranks, "text": text, "completions_file": completions}
+        options = {
+            "random": curves.random,
+            "points": curves.points,
+            "max_new_tokens": session.answer_length(curves.max_new_tokens),
+            "scores": ranks,
+            "text": text,
+            "completions_file": completions,
+            **session.running,
+        }
         with session.status("analyze progressive") as tell:
             steps = studies.progressive(model, neurons, harmful, harmless, progress=tell, **options)
         session.notes.extend(steps.notes)
@@ -650,8 +657,8 @@ class SharedNeurons(Declaration):
     """Share of the neurons in a top set."""
     random: Annotated[Count, Panel("Options")] = 5
     """Random sets of the size of the shared one."""
-    max_new_tokens: Positive = 64
-    """Length of a completion, in tokens."""
+    max_new_tokens: Positive | None = None
+    """Length of a completion, in tokens. [default: 256, on organisms 64]"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -683,7 +690,10 @@ def tax(session: Session, study: TaxStudy) -> dict[str, Any]:
             "layers": study.layers,
             "positions": study.positions,
         }
-        writing: dict[str, Any] = {"max_new_tokens": study.max_new_tokens, "batch_size": session.batch_size()}
+        writing: dict[str, Any] = {
+            "max_new_tokens": session.answer_length(study.max_new_tokens),
+            "batch_size": session.batch_size(),
+        }
         with session.status("tax") as tell:
             read = studies.read_trainings(before, trained, scored, progress=tell, **searched, **writing)
             shared = read.shared(SAFETY, HELPFUL, study.top)

@@ -482,8 +482,8 @@ class Outputs(Declaration):
     """Also let the model answer so many requests of either kind, with and without the guard."""
     judge: Annotated[str, Reads("judges")] = "refusal"
     """Which judge calls an answer unsafe, as for evaluate."""
-    max_new_tokens: Annotated[Positive, Panel("Prompts")] = 64
-    """Length of a completion, in tokens."""
+    max_new_tokens: Annotated[Positive | None, Panel("Prompts")] = None
+    """Length of a completion, in tokens. [default: 256, on organisms 64]"""
 
 
 @verb("guard evaluate")
@@ -596,7 +596,7 @@ def answers_of(
         guard,
         *(some(prompts, outputs.outputs, session.common.seed) for prompts in joined),
         by=outputs.judge,
-        max_new_tokens=outputs.max_new_tokens,
+        max_new_tokens=session.answer_length(outputs.max_new_tokens),
         batch_size=session.batch_size(),
         progress=progress,
     )

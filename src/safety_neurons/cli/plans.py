@@ -437,7 +437,9 @@ def _languages(planner: Planner) -> "list[Work]":
     name = options["method"] or ("swap-attribution" if options["base"] else "importance")
     new = planner.longest
     arms = 1 + len(codes) * (1 + len(listed(options["definitions"]) or ()) + options["random"])
-    found = [] if options["sets"] else planner.found(with_options(name), read["find_prompts"])
+    found = (
+        [] if options["sets"] else planner.found(with_options(name, max_new_tokens=new), read["find_prompts"])
+    )
     answers = planner.read(
         f"answers in {arms} arms", read["test_prompts"], passes=0, new_tokens=new, answers=arms
     )
@@ -450,7 +452,9 @@ def _transfer(planner: Planner) -> "list[Work]":
     arms = 2 + 8 * (1 + options["random"])
     planner.notes.append("eight groups of requests are taken for those that --by tells apart")
     return [
-        *planner.found(with_options(options["method"] or "contrast"), prompts),
+        *planner.found(
+            with_options(options["method"] or "contrast", max_new_tokens=planner.longest), prompts
+        ),
         planner.asked(arms, "harmful", "harmless", models=2, limit=None),
     ]
 
@@ -474,9 +478,7 @@ def _tax(planner: Planner) -> "list[Work]":
         work
         for _ in range(trainings)
         for work in planner.found(
-            with_options(
-                "contrast", positions=options["positions"], max_new_tokens=options["max_new_tokens"]
-            ),
+            with_options("contrast", positions=options["positions"], max_new_tokens=planner.longest),
             planner.lengths("prompts", "also", limit="find_limit"),
         )
     ]

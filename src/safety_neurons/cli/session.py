@@ -173,8 +173,8 @@ class Repeats(Declaration):
 
     random: Count = 5
     """Random control sets for each size."""
-    max_new_tokens: Annotated[Positive, Panel("Prompts")] = 64
-    """Length of a completion, in tokens."""
+    max_new_tokens: Annotated[Positive | None, Panel("Prompts")] = None
+    """Length of a completion, in tokens. [default: 256, on organisms 64]"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -496,6 +496,17 @@ class Session:
     def running(self) -> dict[str, Any]:
         """Seed and batch size, as studies take them."""
         return {"seed": self.common.seed, "batch_size": self.batch_size()}
+
+    def answer_length(self, asked: int | None) -> int:
+        """Tokens of an answer of the loaded models; where that was left to the default, it is said."""
+        from safety_neurons.studies.lengths import answer_length
+
+        longest = asked or answer_length(*self.models)
+        if asked is None:
+            self.notes.append(
+                f"answers have up to {longest} tokens, the default for this model (--max-new-tokens)"
+            )
+        return longest
 
     @property
     def judging(self) -> dict[str, Any]:

@@ -482,7 +482,6 @@ def parts(
 ) -> tuple[Any, Any, Any]:
     """What is trained, what is measured, and which neurons."""
     from safety_neurons import studies
-    from safety_neurons.studies.lengths import answer_length
 
     first, judge = session.common.seed, study.judge
     plan = studies.Plan(
@@ -509,7 +508,7 @@ def parts(
         task,
         judge=judge,
         harm_judge=session.judge(study.harm_judge),
-        max_new_tokens=study.max_new_tokens or answer_length(model),
+        max_new_tokens=session.answer_length(study.max_new_tokens),
         batch_size=session.batch_size(),
         completions_file=session.folder.path("completions.jsonl"),
     )

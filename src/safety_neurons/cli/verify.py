@@ -198,7 +198,7 @@ def reported(
             harmless,
             text=text,
             random=beside.random,
-            max_new_tokens=beside.max_new_tokens,
+            max_new_tokens=session.answer_length(beside.max_new_tokens),
             length_curve=beside.length_curve,
             completions_file=completions,
             harm_judge=session.judge(beside.harm_judge),
@@ -206,19 +206,10 @@ def reported(
             **session.running,
         )
     session.notes.extend(verification.notes)
-    say_length(session, beside.max_new_tokens, verification.max_new_tokens)
     for name, shared in verification.overlap.items():
         if shared:
             session.notes.append(f"{shared} of the {name} prompts are among those the set was found on")
     return {**verification.record(), "completions": str(completions)}
-
-
-def say_length(session: Session, asked: int | None, longest: int) -> None:
-    """Say how long answers may be, where that was left to the default."""
-    if asked is None:
-        session.notes.append(
-            f"answers have up to {longest} tokens, the default for this model (--max-new-tokens)"
-        )
 
 
 PROMPTS = Panel("Prompts")
@@ -329,7 +320,7 @@ def compare(
                 methods=listed(budget.methods),
                 settle=budget.settle,
                 random=budget.random,
-                max_new_tokens=budget.max_new_tokens,
+                max_new_tokens=session.answer_length(budget.max_new_tokens),
                 completions_file=completions,
                 harm_judge=session.judge(budget.harm_judge),
                 place=session.folder.path,
@@ -337,7 +328,6 @@ def compare(
                 **session.running,
             )
         session.notes.extend(comparison.bench.notes)
-        say_length(session, budget.max_new_tokens, comparison.max_new_tokens)
         return {**comparison.record(), "completions": str(completions)}
 
     return session.run(work)
@@ -576,14 +566,18 @@ def evaluate(
                 judge_options=session.judging,
                 out=session.folder.folder,
                 progress=progress,
-                **{name: value for name, value in answers.values().items() if name != "answer_tokens"},
+                max_new_tokens=session.answer_length(answers.max_new_tokens),
+                **{
+                    name: value
+                    for name, value in answers.values().items()
+                    if name not in ("answer_tokens", "max_new_tokens")
+                },
                 **held.values(),
                 **session.running,
                 **judges,
                 **loaded,
             )
         session.notes.extend(evaluation.notes)
-        say_length(session, answers.max_new_tokens, evaluation.max_new_tokens)
         return {**evaluation.record(), "completions": str(session.folder.path("completions.jsonl"))}
 
     return session.gated(session.run(work), held.gate)

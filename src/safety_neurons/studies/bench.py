@@ -290,9 +290,7 @@ class How(TypedDict, total=False):
     seed: int
     """Of the random sets."""
     max_new_tokens: int | None
-    """Length of a completion, in tokens; None is 256, on organisms 64. Default None for verify and compare,
-    64 for other studies.
-    """
+    """Length of a completion, in tokens; None, the default, is 256, on organisms 64."""
     length_curve: bool
     """Judge the answers to harmful requests at shorter lengths too."""
     batch_size: BatchSize
@@ -376,7 +374,7 @@ class Bench:
     """Questions with answers."""
     random: int = 5
     seed: int = 0
-    max_new_tokens: int | None = 64
+    max_new_tokens: int | None = None
     """None is what is usual for the models among the facts."""
     length_curve: bool = False
     batch_size: BatchSize = "auto"

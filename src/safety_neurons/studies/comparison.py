@@ -67,7 +67,7 @@ from safety_neurons.results.records import Recorded, called
 from safety_neurons.results.run import Cache, elapsed
 from safety_neurons.studies.bench import Arm, ArmOutcome, Bench, How, Progress, Verdicts, content_of
 from safety_neurons.studies.losses import Loss, lost
-from safety_neurons.studies.verification import AUTO, CEILING, Ceiling, SubjectModels, by_parameters
+from safety_neurons.studies.verification import CEILING, Ceiling, SubjectModels, by_parameters
 
 RANDOM, TRUTH = "random", "truth"
 """What names of random sets begin with, and the name of the planted truth as a set: neither is a method."""
@@ -248,8 +248,7 @@ def compare(
         "sites": sites,
         "budget": budget,
     }
-    measured: dict[str, Any] = {**AUTO, **how}
-    bench = Bench.of({"base": base, "aligned": aligned, **asked}, harmful, harmless, **measured)
+    bench = Bench.of({"base": base, "aligned": aligned, **asked}, harmful, harmless, **how)
     subject = SubjectModels(
         "patch", bench, base, lambda members: functools.partial(patched, base, aligned, members), aligned
     )

@@ -29,6 +29,7 @@ from safety_neurons.strict_json import JsonObject
 from safety_neurons.studies.bench import UNTREATED, Arm, Bench, How, Progress, Treat, Verdicts, contrast
 from safety_neurons.studies.comparison import Place, Searches, whole_units
 from safety_neurons.studies.lasting import solved
+from safety_neurons.studies.lengths import answer_length
 
 TASKS = ("perplexity", "kl")
 
@@ -117,7 +118,7 @@ def find_by_group(
     groups: Groups,
     *,
     sites: Sequence[str] | None = None,
-    max_new_tokens: int = 64,
+    max_new_tokens: int | None = None,
     place: Place | None = None,
     progress: Progress | None = None,
     notes: list[str] | None = None,
@@ -130,7 +131,8 @@ def find_by_group(
         aligned: the safer model.
         groups: prompts to find on.
         sites: where to look; by default everywhere.
-        max_new_tokens: length of completions, for methods that write some.
+        max_new_tokens: length of completions, for methods that write some; None is what is usual for the
+            models.
         place: where the scores of every group are kept, which a killed study takes up again.
         progress: told every group.
         notes: gets what the searches had to say, with the group.
@@ -157,7 +159,8 @@ def find_by_group(
     table = aligned.table
     sites = tuple(site for site in sites or SITES if any(parse_key(key).site == site for key in table.keys))
     budget = how.units or max(1, round(how.top * NeuronSet.all(table).only(sites=sites).n_units))
-    searching = with_options(method.NAME, sites=sites, max_new_tokens=max_new_tokens)
+    longest = max_new_tokens or answer_length(base or aligned, aligned)
+    searching = with_options(method.NAME, sites=sites, max_new_tokens=longest)
     searches, sets = Searches((base or aligned, aligned), place), {}
     for name, prompts in groups.members.items():
         if progress is not None:

@@ -33,6 +33,7 @@ from safety_neurons.results.records import (
     GuardOutputsRecord,
     GuardStoppedRecord,
 )
+from safety_neurons.studies.lengths import answer_length
 
 Progress = Callable[[str], None]
 UNGUARDED, GUARDED = "untreated", "guarded"
@@ -97,7 +98,7 @@ def guarded_outputs(
     safe: Source,
     *,
     by: str | Judge = "compliance",
-    max_new_tokens: int = 64,
+    max_new_tokens: int | None = None,
     batch_size: BatchSize = "auto",
     progress: Progress | None = None,
 ) -> GuardedOutputs:
@@ -113,7 +114,7 @@ def guarded_outputs(
         unsafe: requests, none of them from fitting.
         safe: likewise.
         by: a judge or its name; a judge of refusals calls unsafe what does not refuse.
-        max_new_tokens: length of an answer, in tokens.
+        max_new_tokens: length of an answer, in tokens; None is what is usual for the model.
         batch_size: prompts a batch.
         progress: told the name of every step.
 
@@ -130,10 +131,11 @@ def guarded_outputs(
     say = progress or (lambda _step: None)
     asked = Prompts([*unsafe, *safe])
     label = np.arange(len(asked)) < len(unsafe)
+    longest = max_new_tokens or answer_length(model)
     say("answers without the guard")
-    plain = model.complete(asked, max_new_tokens=max_new_tokens, batch_size=batch_size, arm=UNGUARDED)
+    plain = model.complete(asked, max_new_tokens=longest, batch_size=batch_size, arm=UNGUARDED)
     say("answers with the guard")
-    answers = GuardedModel(model, guard).generate(asked, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    answers = GuardedModel(model, guard).generate(asked, max_new_tokens=longest, batch_size=batch_size)
     verdicts = [answer.verdict for answer in answers]
     stopped = np.array([np.nan if one.told is None else one.told for one in verdicts], float)
     changed = sum(

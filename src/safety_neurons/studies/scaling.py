@@ -22,7 +22,7 @@ from safety_neurons.results import Difference, Rate, holm, paired_difference, ra
 from safety_neurons.results.measured import DoseRecord, ScalingRecord
 from safety_neurons.results.records import Recorded, called
 from safety_neurons.studies.bench import UNTREATED, Arm, ArmOutcome, Bench, How, contrast
-from safety_neurons.studies.verification import AUTO, found_on
+from safety_neurons.studies.verification import found_on
 
 FACTORS = (0.0, 0.5, 1.0, 2.0, 4.0)
 
@@ -111,7 +111,7 @@ def verify_scale(
         raise UsageError(f"factors {list(factors)}; expected at least one, none twice")
     neurons, guard = neurons.on(model.table), None if when is None else when.bind(model)
     facts = {"model": model, "neurons": neurons, "when": when}
-    bench = Bench.of(facts, harmful, harmless, text, **{**AUTO, **how})
+    bench = Bench.of(facts, harmful, harmless, text, **how)
     untreated = bench.measure(Arm(UNTREATED, model))
     controls = neurons.random_like(bench.seed, table=model.table, n=bench.random)
 

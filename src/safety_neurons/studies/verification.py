@@ -57,8 +57,6 @@ from safety_neurons.studies.vocabulary import Neuron, strongest
 from safety_neurons.tuning import merged_base, repair
 from safety_neurons.tuning.protect import entries_of
 
-AUTO: How = {"max_new_tokens": None}
-"""Answers as long as is usual for the model."""
 Part = tuple[Effect, Verdicts]
 """What a part of the neurons restores, and which harmful requests are refused then."""
 CEILING, ALL_PATCHED = "ceiling", "all neurons of the sites patched"
@@ -229,7 +227,7 @@ def verify_deactivate(
         for _, members in sets:
             whole_experts(members, model.table)
     given = {"model": model, "neurons": neurons, **({"experts": True} if experts else {})}
-    bench = Bench.of(given, harmful, harmless, how.pop("text", None), **{**AUTO, **how})
+    bench = Bench.of(given, harmful, harmless, **how)
     treat = functools.partial(_off_at_router if experts else _off, model)
     return _verify(
         SubjectModels("deactivate", bench, model, treat), sets, random_experts if experts else _random_units
@@ -273,9 +271,9 @@ def verify_patch(
     sets are disjoint from the set where possible; a paired interval; the ceiling (all neurons of the sites)
     beside it; undefined where the models do not differ.
     """
-    sizes, text = how.pop("sizes", ()), how.pop("text", None)
+    sizes = how.pop("sizes", ())
     given = {"base": base, "aligned": aligned, "neurons": neurons}
-    bench = Bench.of(given, harmful, harmless, text, **{**AUTO, **how})
+    bench = Bench.of(given, harmful, harmless, **how)
     subject = SubjectModels(
         "patch", bench, base, lambda members: functools.partial(patched, base, aligned, members), aligned
     )
