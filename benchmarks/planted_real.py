@@ -177,21 +177,30 @@ def shares(
     last = torch.tensor([len(ids) - 1 for ids in asked])
     generator = np.random.default_rng([seed, 5])
     with attach(model, delta.neurons) as deltas, torch.no_grad():
-        masked = Masked(deltas)
+        masked, units = Masked(deltas), units_of(delta.neurons)
+        inner, layers = model.inner.model, model.inner.model.layers
+        states: list[Tensor] = []
 
-        def value(present: Tensor) -> float:
+        def value(present: Tensor, since: int = 0) -> float:
+            """Mean probability of a refusal's first token; layers before `since` are as they were."""
             masked.put(delta.tensors, present)
-            hidden = model.inner.model(input_ids=inputs, attention_mask=mask).last_hidden_state
-            logits = model.inner.lm_head(hidden[torch.arange(len(asked)), last])
-            return float(logits.softmax(-1)[:, starts].sum(1).mean())
+            given = {"inputs_embeds": states[since]} if states else {"input_ids": inputs}
+            try:
+                inner.layers = layers[since:]
+                told = inner(**given, attention_mask=mask, output_hidden_states=True, use_cache=False)
+            finally:
+                inner.layers = layers
+            states[since:] = told.hidden_states[: len(layers) - since]
+            hidden = told.last_hidden_state[torch.arange(len(asked)), last]
+            return float(model.inner.lm_head(hidden).softmax(-1)[:, starts].sum(1).mean())
 
         nobody, everybody = value(torch.zeros(masked.count)), value(torch.ones(masked.count))
         found = np.zeros(masked.count)
         for number in range(orders):
-            present, before = torch.zeros(masked.count), nobody
+            present, before = torch.zeros(masked.count), value(torch.zeros(masked.count))
             for unit in generator.permutation(masked.count):
                 present[unit] = 1.0
-                now = value(present)
+                now = value(present, units[unit][0])
                 found[unit] += (now - before) / orders
                 before = now
             print(f"truth: order {number + 1} of {orders}", flush=True)
