@@ -346,6 +346,29 @@ def test_numbers_are_found_and_made():
     assert [row["of"] for row in quantity.rows(ran)] == [""]
 
 
+@pytest.mark.parametrize(
+    ("at", "why"),
+    [
+        (["rows", 3, "rate"], "the result of step a has no rows / 3 / rate"),
+        (["rows"], "rows of step a is no number"),
+        (["rows", 0], "rows / 0 of step a is no number"),
+        (["rows", 0, "name"], "rows / 0 / name of step a is no number"),
+        (["text"], "text of step a is no number"),
+    ],
+)
+def test_what_is_no_number_in_a_result_is_said_in_its_row(at, why):
+    results = {"a": {"rows": [{"name": "x"}], "text": {"value": "many"}}}
+    entry = {"what": "q", "source": "s", "values": {"m": 1}, "measured": {"step": "a", "at": at}}
+    (row,) = quantities_of([entry], "here", ["a"])[0].rows(Ran(results, {"a": "evaluate"}, {}, of="m"))
+    assert (row["measured"], row["difference"], row["why"]) == (None, None, why)
+
+
+def test_an_undefined_number_keeps_its_reason():
+    undefined = {"value": None, "low": None, "high": None, "n": 4, "unscored": 0, "why": "both alike"}
+    ran = Ran({"a": {"effect": undefined}}, {"a": "verify-patch"}, {})
+    assert number_of({"step": "a", "at": ["effect"]}, ran).to_json() == undefined
+
+
 def test_costs_are_averaged_over_the_answers(data, tmp_path):
     files, requests, _ = data
     model = tiny(tmp_path / "model", "llama")

@@ -205,12 +205,14 @@ def _in_step(step: str, at: Sequence[Any], ran: Ran) -> Estimate:
         if found is None:
             raise _Missing(f"the result of step {step} has no {' / '.join(map(_word, at))}")
     if isinstance(found, Mapping):
-        names = ("value", "low", "high")
-        value, low, high = (found.get(name) for name in names)
-        return Estimate(value, low, high, int(found.get("n") or 0), int(found.get("unscored") or 0))
-    if isinstance(found, bool) or not isinstance(found, int | float):
-        raise _Missing(f"{' / '.join(map(_word, at))} of step {step} is no number")
-    return Estimate(float(found), None, None, 0)
+        numbers = [found.get(name) for name in ("value", "low", "high")]
+        if "value" in found and all(number is None or _is_number(number) for number in numbers):
+            value, low, high = numbers
+            counts = (int(found.get(name) or 0) for name in ("n", "unscored"))
+            return Estimate(value, low, high, *counts, found.get("why"))
+    elif _is_number(found):
+        return Estimate(float(found), None, None, 0)
+    raise _Missing(f"{' / '.join(map(_word, at))} of step {step} is no number")
 
 
 def _inside(value: Any, key: Any) -> Any:
@@ -231,7 +233,9 @@ def _inside(value: Any, key: Any) -> Any:
 
 
 def _word(key: Any) -> str:
-    return ", ".join(f"{name}={wanted}" for name, wanted in key.items()) if isinstance(key, Mapping) else key
+    if isinstance(key, Mapping):
+        return ", ".join(f"{name}={wanted}" for name, wanted in key.items())
+    return str(key)
 
 
 def _each(found: Estimate, change: Callable[[float], float]) -> Estimate:
