@@ -328,6 +328,32 @@ def test_a_list_of_published_numbers_of_another_shape_is_refused_before_anything
     assert said in refused("run", tmp_path / "recipe.json", "--out", tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    ("told", "code", "said"),
+    [
+        ({}, 1, "`told_apart_by` is 'None', expected the place"),
+        ({"told_apart_by": "modle"}, 1, "`told_apart_by` is 'modle', expected the place"),
+        ({"told_apart_by": ["model"]}, 1, "expected the place that tells its rows apart, one of model, pair"),
+        ({"told_apart_by": "pair"}, 2, "expected --with pair=…: which pair this is"),
+    ],
+)
+def test_numbers_of_several_models_are_refused_where_nothing_says_of_which_one_a_run_is(
+    told, code, said, tmp_path
+):
+    steps = [{"name": "a", "verb": "doctor", "arguments": {"model": "nowhere"}}]
+    measured = {"step": "a", "at": ["x"]}
+    published = [{"what": "x", "source": "y", "values": {"m": 1, "n": 2}, "measured": measured}]
+    places = {"model": {"default": "m"}, "pair": {"about": "which pair this is"}}
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps({"steps": steps, "places": places, "published": published, **told}))
+    assert said in refused("run", path, "--out", tmp_path / "run", code=code)
+
+
+def test_the_recipe_for_pairs_wants_to_know_which_pair_it_is(tmp_path):
+    words = ["--with", "base=b", "--with", "aligned=a", "--trial", "--out", tmp_path / "run"]
+    assert "--with pair=…" in refused("run", FOLDER / "paper2-table1.json", *words, code=2)
+
+
 def test_numbers_are_found_and_made():
     estimate = {"value": 0.25, "low": 0.1, "high": 0.5, "n": 8, "unscored": 1}
     results = {

@@ -143,7 +143,7 @@ class FilledRecipe:
 
         Raises:
             InputError: a recipe of another shape.
-            UsageError: a value for a place that it has not.
+            UsageError: a value for a place that it has not, or none for the one that tells its rows apart.
         """
         from safety_neurons.results.replication import quantities_of
 
@@ -174,6 +174,7 @@ class FilledRecipe:
                 )
         verbs = {name: "-".join(words) for name, words, _ in steps}
         published = quantities_of(record.get("published", []), str(recipe), list(verbs))
+        _check_told_apart(record, published, places, values, recipe)
         return cls(repeated, record, out, values, runs, verbs, left_out, published)
 
     def kept(self, done: Sequence[str]) -> dict[str, Any]:
@@ -215,6 +216,29 @@ def places_of(record: Mapping[str, Any], recipe: pathlib.Path) -> dict[str, dict
             "other than out and recipe"
         )
     return dict(places)
+
+
+def _check_told_apart(
+    record: Mapping[str, Any],
+    published: Sequence[Any],
+    places: Mapping[str, Mapping[str, str]],
+    values: Mapping[str, str],
+    recipe: pathlib.Path,
+) -> None:
+    """Refuses numbers of several models, or whatever else, where nothing says of which one this run is."""
+    told = record.get("told_apart_by")
+    if told is None and all(len(quantity.values) < 2 for quantity in published):
+        return
+    if str(told) not in places:
+        raise InputError(
+            f"{recipe} is not a recipe: `told_apart_by` is {str(told)[:40]!r}, expected the place that tells "
+            f"its rows apart{', one of ' if places else ''}{', '.join(places)}"
+        )
+    if published and told not in values:
+        raise UsageError(
+            f"{recipe} tells its published numbers apart by {told}; expected --with {told}=…: "
+            f"{places[told].get('about', 'see the recipe')}"
+        )
 
 
 def given_of(given: Sequence[str], places: Mapping[str, Any], recipe: pathlib.Path) -> dict[str, str]:
