@@ -11,9 +11,11 @@ from safety_neurons.neurons import NeuronSet, Scores
 from safety_neurons.prompt_lists import Prompt, Prompts
 from safety_neurons.results import Completion, Completions
 from safety_neurons.results.run import Cache
-from safety_neurons.studies import Attack, Lab, Plan, rsn, stress
-from safety_neurons.studies.lasting import ARMS, KEPT, SN, fine_tune, sets_from, solved, twin
+from safety_neurons.studies import Attack, Grid, Lab, Plan, defences, lasting, rsn, stress
+from safety_neurons.studies.defences import LOX
+from safety_neurons.studies.lasting import ARMS, KEPT, RANDOM, RSN, SN, fine_tune, sets_from, solved, twin
 from safety_neurons.tuning import base_hash
+from safety_neurons.tuning.train import Loop
 from tiny_pair import HARMFUL, HARMLESS
 
 
@@ -105,6 +107,73 @@ def test_a_finished_seed_is_not_done_again(model, sets, lab, tmp_path):
     assert told == [f"{SN}/0"]
 
 
+STUDIES = {
+    "rsn": lambda *given, **more: rsn(*given, **more),
+    "stress": lambda model, sets, plan, lab, **more: stress(
+        model, sets, plan, Attack(scales=(0.0,), kinds=("subtract",)), lab, **more
+    ),
+    "defences": lambda model, sets, plan, lab, **more: defences(
+        model, sets, plan, Grid((1e-2,), (1,), ("benign",), arms=(SN, RANDOM, LOX)), lab, **more
+    ),
+}
+
+
+@pytest.mark.parametrize("study", STUDIES)
+@pytest.mark.parametrize("trained", [2, 3])
+def test_a_killed_study_goes_on_with_the_training_it_was_in(
+    study, trained, model, sets, lab, tmp_path, monkeypatch
+):
+    steps, backward = [], Loop._backward
+    study, how = STUDIES[study], plan(arms=(SN, RSN, KEPT), tuning={"epochs": 1, "mix": 1.0, "max_steps": 3})
+
+    def counted(loop, step):
+        steps.append(step)
+        if len(steps) == trained:
+            raise KeyboardInterrupt
+        return backward(loop, step)
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    expected = study(model, sets, how, lab, cache=Cache(tmp_path.joinpath("whole").joinpath))
+    place = tmp_path.joinpath("killed").joinpath
+    with monkeypatch.context() as patch:
+        if trained < 3:
+            patch.setattr(Loop, "_backward", counted)
+        else:  # The first training is whole, and what follows is not.
+            patch.setattr(lasting, "apply_delta", killed)
+        with pytest.raises(KeyboardInterrupt):
+            study(model, sets, how, lab, cache=Cache(place))
+    steps.clear()
+    monkeypatch.setattr(Loop, "_backward", lambda loop, step: steps.append(step) or backward(loop, step))
+    assert study(model, sets, how, lab, cache=Cache(place)) == expected
+    kinds = 1 if study is STUDIES["stress"] else 2
+    assert steps == [*range(3 if trained == 3 else 1, 3), *range(3)][: len(steps)]
+    assert len(steps) == 3 * kinds - (3 if trained == 3 else 1)
+    assert not list(place("checkpoints").glob("*"))
+
+
+def test_defences_are_refused_at_once_where_nothing_is_left_for_rsn_tune(model, sets, lab):
+    told, grid = [], Grid((1e-2,), (1,), ("benign",), arms=(SN, RSN))
+    with pytest.raises(NeuronError, match="0 safety neurons are left for RSN-Tune"):
+        defences(model, sets, plan(), grid, lab, tell=told.append)
+    assert not told
+
+
+def test_answers_to_attack_with_are_written_once(model, sets, lab, tmp_path, monkeypatch):
+    asked_for, complete = [], type(model).complete
+
+    def counted(self, *given, **options):
+        asked_for.append(options.get("arm"))
+        return complete(self, *given, **options)
+
+    monkeypatch.setattr(type(model), "complete", counted)
+    attack = Attack(harmful_steps=(1,), learning_rate=1e-2, batch_size=2, kinds=("harmful",))
+    found = [stress(model, sets, plan(), attack, lab, cache=Cache(tmp_path.joinpath)) for _ in range(2)]
+    assert found[0] == found[1]
+    assert asked_for.count("attack") == 1
+
+
 def test_unknown_arms_and_judges_are_errors():
     with pytest.raises(UsageError, match="SN-Tune"):
         plan(arms=("everything",))
@@ -113,10 +182,10 @@ def test_unknown_arms_and_judges_are_errors():
 
 
 def test_protection_holds_the_tuned_neurons_through_the_task(model, sets):
-    from safety_neurons.studies.lasting import tuned_twin
+    from safety_neurons.studies.lasting import Tunings
     from safety_neurons.tuning import protected
 
-    other, _ = tuned_twin(model, sets.safety, plan(arms=(KEPT,)), 0)
+    other, _ = Tunings(model, plan(arms=(KEPT,)), 0).twin(SN, sets.safety)
     before = base_hash(other, sets.safety)
     assert before != base_hash(model, sets.safety)
     with protected(other, sets.safety):

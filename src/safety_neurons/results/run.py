@@ -460,7 +460,7 @@ class Cache:
         Args:
             place: where a file of that name lies, such as `RunFolder.path`.
         """
-        self._place = place
+        self.place = place
 
     def cached(self, key: Any, compute: Callable[[], Value], files: Sequence[pathlib.Path] = ()) -> Value:
         """What was computed for this key before, or what `compute` gives now.
@@ -475,11 +475,11 @@ class Cache:
         Raises:
             RunError: the entry cannot be written.
         """
-        if self._place is None:
+        if self.place is None:
             return compute()
         named = {"of": type(key).__name__, "version": _versions().get(PACKAGE), **plain(key)}
         digest = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
-        entry = self._place(f"{CACHED}/{digest}.json")
+        entry = self.place(f"{CACHED}/{digest}.json")
         with contextlib.suppress(InputError, LookupError, TypeError):  # A damaged entry is no entry.
             known = read_json(entry)
             if known["key"] == named and known["files"] == [file_sha256(path) for path in files]:

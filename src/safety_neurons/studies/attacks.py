@@ -42,11 +42,11 @@ from safety_neurons.studies.lasting import (
     Plan,
     SeedOf,
     Sets,
+    Tunings,
     complied,
     facts_of,
     fine_tune,
     measured,
-    tuned_twin,
     twin,
 )
 from safety_neurons.studies.tuning import tuning_over_seeds
@@ -144,21 +144,24 @@ def stress(
     cache, done = cache or Cache(), dict[str, Any]()
     say = tell or (lambda _line: None)
     if "harmful" in attack.kinds and attack.harmful is None:
-        attack = dataclasses.replace(attack, harmful=own_answers(model, plan, lab))
+        attack = dataclasses.replace(attack, harmful=own_answers(model, plan, lab, cache, facts))
 
-    def work(state: str, seed: int) -> dict[str, Any]:
-        say(f"{state}/{seed}")
-        return _Attacked(model, sets, plan, attack, lab, state, seed, say).curves()
+    def work(state: str, tunings: Tunings) -> dict[str, Any]:
+        say(f"{state}/{tunings.seed}")
+        return _Attacked(tunings, sets, attack, lab, state, say).curves()
 
     for seed in plan.seeds:
+        tunings = Tunings(model, plan, seed, cache, facts)
         for state in (BEFORE, AFTER):
             name = f"{state}/{seed}"
-            done[name] = cache.cached(SeedOf("stress", name, facts), functools.partial(work, state, seed))
+            done[name] = cache.cached(SeedOf("stress", name, facts), functools.partial(work, state, tunings))
+        tunings.finish()
     return stress_summary(done, sets, plan, attack, lab.shared)
 
 
-def own_answers(model: LanguageModel, plan: Plan, lab: Lab) -> Prompts:
-    """The model's own answers to the harmful requests of the tuning data, where they go along.
+def own_answers(model: LanguageModel, plan: Plan, lab: Lab, cache: Cache, facts: Any) -> Prompts:
+    """The model's own answers to the harmful requests of the tuning data, where they go along; a killed study
+    finds them in its cache.
 
     Raises:
         InputError: it goes along with none.
@@ -167,10 +170,18 @@ def own_answers(model: LanguageModel, plan: Plan, lab: Lab) -> Prompts:
         [dataclasses.replace(prompt, answer=None) for prompt in plan.refusals],
         "harmful answers of the model's own",
     )
-    answers = model.complete(requests, max_new_tokens=lab.longest, batch_size=lab.batch_size, arm="attack")
-    pairs = zip(requests, answers, complied(answers, lab.judge), strict=True)
+
+    def written() -> list[str | None]:
+        options: dict[str, Any] = {"max_new_tokens": lab.longest, "batch_size": lab.batch_size}
+        answers = model.complete(requests, arm="attack", **options)
+        pairs = zip(answers, complied(answers, lab.judge), strict=True)
+        return [answer.completion if along else None for answer, along in pairs]
+
+    texts = cache.cached(SeedOf("attack", "own answers", facts), written)
     answered = [
-        dataclasses.replace(prompt, answer=answer.completion) for prompt, answer, along in pairs if along
+        dataclasses.replace(prompt, answer=text)
+        for prompt, text in zip(requests, texts, strict=True)
+        if text is not None
     ]
     if not answered:
         raise InputError(
@@ -185,18 +196,16 @@ class _Attacked:
 
     def __init__(
         self,
-        model: LanguageModel,
+        tunings: Tunings,
         sets: Sets,
-        plan: Plan,
         attack: Attack,
         lab: Lab,
         state: str,
-        seed: int,
         say: Progress,
     ) -> None:
-        self.base, self.sets, self.plan, self.attack, self.lab = model, sets, plan, attack, lab
-        self.state, self.seed, self.say = state, seed, say
-        self.model, self.tuned = tuned_twin(model, sets.safety if state == AFTER else None, plan, seed)
+        self.base, self.plan, self.seed = tunings.model, tunings.plan, tunings.seed
+        self.sets, self.attack, self.lab, self.state, self.say = sets, attack, lab, state, say
+        self.model, self.tuned = tunings.twin(state, sets.safety if state == AFTER else None)
         self.facts: dict[str, Any] = {}
 
     def curves(self) -> dict[str, Any]:

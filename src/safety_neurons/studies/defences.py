@@ -16,7 +16,7 @@ import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from safety_neurons.errors import UsageError
+from safety_neurons.errors import NeuronError, UsageError
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.adapters import is_adapted
 from safety_neurons.neurons import NeuronSet
@@ -37,10 +37,10 @@ from safety_neurons.studies.lasting import (
     Plan,
     SeedOf,
     Sets,
+    Tunings,
     facts_of,
     fine_tune,
     measured,
-    tuned_twin,
     twin,
 )
 from safety_neurons.studies.tuning import tuning_over_seeds
@@ -150,19 +150,26 @@ def defences(
         As JSON values: `arms` with their worst points, all `points`, `differences` to SN-Tune at the worst.
 
     Raises:
-        InputError: no harmful answers were given and the model itself writes none.
+        InputError: no harmful answers were given and the model itself writes none. NeuronError: nothing is
+            left for RSN-Tune.
 
     Source: Zhao et al., ICLR 2025, section 4.3 (SN- and RSN-Tune); Perin et al., COLM 2025 (LoX); Hsu et al.,
     NeurIPS 2024 (Safe LoRA); Li et al., ICLR 2025 (frozen safety layers); Bianchi et al., ICLR 2024 (refusals
     among the data). Differs: one measure for all, the worst of a grid with a bound on capability.
     """
+    if RSN in grid.arms and not len(sets.safety - sets.foundation):
+        raise NeuronError(
+            f"0 safety neurons are left for {RSN} after taking out {len(sets.foundation)} foundation "
+            "neurons, some were expected; take a larger share, fewer foundation neurons, or leave it out"
+        )
     facts = facts_of(lab, model=model, sets=sets, plan=plan, grid=grid)
     cache, done = cache or Cache(), dict[str, Any]()
     say = tell or (lambda _line: None)
     if HARMFUL in grid.mixtures and grid.harmful is None:
-        grid = dataclasses.replace(grid, harmful=own_answers(model, plan, lab))
+        grid = dataclasses.replace(grid, harmful=own_answers(model, plan, lab, cache, facts))
     for seed in plan.seeds:
-        made = _Made(model, sets, plan, grid, lab, seed)
+        tunings = Tunings(model, plan, seed, cache, facts)
+        made = _Made(tunings, sets, grid, lab)
         for arm in grid.arms:
             works: dict[str, Any] = {f"{arm}/{seed}": functools.partial(made.start, arm)}
             for mixture in grid.mixtures:
@@ -173,6 +180,7 @@ def defences(
                 done[name] = cache.cached(
                     SeedOf("defences", name, facts), functools.partial(_told, say, name, work)
                 )
+        tunings.finish()
     return defences_summary(done, sets, plan, grid, lab.shared)
 
 
@@ -184,10 +192,9 @@ def _told(say: Progress, name: str, work: Any) -> Any:
 class _Made:
     """The defended models of one seed, each made when it is first needed."""
 
-    def __init__(self, model: LanguageModel, sets: Sets, plan: Plan, grid: Grid, lab: Lab, seed: int) -> None:
-        self.model, self.sets, self.plan, self.grid, self.lab = model, sets, plan, grid, lab
-        self.seed = seed
-        self._tuned: dict[str, Tuned | None] = {}
+    def __init__(self, tunings: Tunings, sets: Sets, grid: Grid, lab: Lab) -> None:
+        self.tunings, self.sets, self.grid, self.lab = tunings, sets, grid, lab
+        self.model, self.plan, self.seed = tunings.model, tunings.plan, tunings.seed
 
     def members(self, arm: str) -> NeuronSet | None:
         """What is tuned before the fine-tune."""
@@ -200,8 +207,7 @@ class _Made:
     def safe(self, arm: str) -> tuple[LanguageModel, Tuned | None]:
         """A copy of the model, made safe."""
         kind = arm if arm in (NONE, RSN, RANDOM) else SN
-        other, tuned = tuned_twin(self.model, self.members(arm), self.plan, self.seed, self._tuned.get(kind))
-        self._tuned[kind] = tuned
+        other, tuned = self.tunings.twin(kind, self.members(arm))
         if arm == LOX and tuned is not None:
             other = twin(self.model)
             apply_delta(other, extrapolated(tuned.delta, self.grid.rank, self.grid.factor))

@@ -18,6 +18,8 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import hashlib
+import json
 import re
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -38,7 +40,7 @@ from safety_neurons.prompt_lists import Prompts, as_prompts
 from safety_neurons.prompt_lists.readers import Source
 from safety_neurons.results import Completions, Difference, difference_over_seeds, holm, rate_over_seeds
 from safety_neurons.results.estimates import GroupLabels
-from safety_neurons.results.run import Cache
+from safety_neurons.results.run import Cache, Checkpoint
 from safety_neurons.strict_json import JsonObject
 from safety_neurons.studies.bench import Arm, Bench, Progress, Verdicts, content_of, hold_answers
 from safety_neurons.studies.lengths import answer_length, too_long
@@ -329,15 +331,17 @@ def rsn(
     facts = facts_of(lab, model=model, sets=sets, plan=plan)
     cache, done = cache or Cache(), dict[str, Any]()
 
-    def work(arm: str, seed: int, tunings: dict[str, Tuned]) -> dict[str, Any]:
+    def work(arm: str, tunings: Tunings) -> dict[str, Any]:
+        seed = tunings.seed
         (tell or (lambda _line: None))(f"{arm}/{seed}")
-        return _one(model, _members(sets, arm, seed), plan, lab, arm, seed, tunings, _known(done, arm, seed))
+        return _one(tunings, _members(sets, arm, seed), lab, arm, _known(done, arm, seed))
 
     for seed in plan.seeds:
-        tunings: dict[str, Tuned] = {}
+        tunings = Tunings(model, plan, seed, cache, facts)
         for arm in plan.arms:
             name = f"{arm}/{seed}"
-            done[name] = cache.cached(SeedOf("rsn", name, facts), functools.partial(work, arm, seed, tunings))
+            done[name] = cache.cached(SeedOf("rsn", name, facts), functools.partial(work, arm, tunings))
+        tunings.finish()
     return summary(done, plan, sets, lab.shared)
 
 
@@ -373,36 +377,63 @@ def _members(sets: Sets, arm: str, seed: int) -> NeuronSet | None:
     return {NONE: None, SN: sets.safety, RSN: sets.robust, KEPT: sets.safety}[arm]
 
 
-def tuned_twin(
-    model: LanguageModel, members: NeuronSet | None, plan: Plan, seed: int, tuned: Tuned | None = None
-) -> tuple[LanguageModel, Tuned | None]:
-    """A copy of the model with the set tuned into its weights.
+@dataclasses.dataclass
+class Tunings:
+    """What is tuned with one seed, every kind once; a killed study goes on where its training was.
 
-    What was tuned before with this seed is used again.
+    Attributes:
+        model: is left untouched.
+        plan: how it is tuned.
+        seed: of the tuning.
+        cache: says where the state of a training is kept, from its first check until `finish`.
+        facts: all that the study depends on, by content.
     """
-    other = twin(model)
-    if members is None:
-        return other, None
-    if tuned is None:
-        tuned = train(model, members, plan.refusals, harmless=plan.harmless, seed=seed, **dict(plan.tuning))
-    apply_delta(other, tuned.delta)
-    return other, tuned
+
+    model: LanguageModel
+    plan: Plan
+    seed: int
+    cache: Cache = dataclasses.field(default_factory=Cache)
+    facts: Any = None
+    _done: dict[str, Tuned] = dataclasses.field(default_factory=dict)
+
+    def twin(self, kind: str, members: NeuronSet | None) -> tuple[LanguageModel, Tuned | None]:
+        """A copy of the model with a set tuned into its weights; the kind tells the sets apart."""
+        other = twin(self.model)
+        if members is None:
+            return other, None
+        if kind not in self._done:
+            self._done[kind] = train(
+                self.model,
+                members,
+                self.plan.refusals,
+                harmless=self.plan.harmless,
+                checkpoint=self._state(kind),
+                seed=self.seed,
+                **dict(self.plan.tuning),
+            )
+        apply_delta(other, self._done[kind].delta)
+        return other, self._done[kind]
+
+    def finish(self) -> None:
+        """Removes what was kept of them: nothing needs them any more."""
+        for state in map(self._state, self._done):
+            if state is not None:
+                state.delete()
+
+    def _state(self, kind: str) -> Checkpoint | None:
+        if self.cache.place is None:
+            return None
+        key = dataclasses.asdict(SeedOf("tuning", f"{kind}/{self.seed}", self.facts))
+        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+        return Checkpoint(self.cache.place(f"checkpoints/{name}.safetensors"))
 
 
 def _one(
-    model: LanguageModel,
-    members: NeuronSet | None,
-    plan: Plan,
-    lab: Lab,
-    arm: str,
-    seed: int,
-    tunings: dict[str, Tuned],
-    known: Point | None,
+    tunings: Tunings, members: NeuronSet | None, lab: Lab, arm: str, known: Point | None
 ) -> dict[str, Any]:
     """One arm with one seed: tune, measure, fine-tune on the task, measure."""
-    other, tuned = tuned_twin(model, members, plan, seed, tunings.get(SN) if arm == KEPT else None)
-    if tuned is not None and arm == SN:
-        tunings[arm] = tuned
+    plan, seed = tunings.plan, tunings.seed
+    other, tuned = tunings.twin(SN if arm == KEPT else arm, members)
     before = known or lab.point(Arm(f"{arm}/before", other), seed)
     losses, after = [0.0], before
     if plan.steps:
