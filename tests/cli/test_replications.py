@@ -354,6 +354,22 @@ def test_the_recipe_for_pairs_wants_to_know_which_pair_it_is(tmp_path):
     assert "--with pair=…" in refused("run", FOLDER / "paper2-table1.json", *words, code=2)
 
 
+def test_a_recipe_that_is_refused_leaves_the_table_of_an_earlier_one(data, tmp_path):
+    files, requests, _ = data
+    recipe = json.loads((FOLDER / "cna-jbb.json").read_text(encoding="utf-8"))
+    recipe["steps"] = recipe["steps"][1:2]
+    del recipe["steps"][0]["arguments"]["deactivate"]
+    recipe["published"] = recipe["published"][:1]
+    path, model, out = tmp_path / "recipe.json", tiny(tmp_path / "model", "qwen2"), tmp_path / "run"
+    path.write_text(json.dumps(recipe), encoding="utf-8")
+    words = ["run", path, "--trial", "--with", f"jbb={requests}", "--out", out]
+    done(*words, "--with", f"model={model}")
+    before = (out / "run.json").read_bytes()
+    other = tiny(tmp_path / "other", "llama")
+    assert "holds a run with model" in refused(*words, "--with", f"model={other}")
+    assert (out / "run.json").read_bytes() == before
+
+
 def test_numbers_are_found_and_made():
     estimate = {"value": 0.25, "low": 0.1, "high": 0.5, "n": 8, "unscored": 1}
     results = {

@@ -79,8 +79,8 @@ def run(session: Session, repeated: RepeatedFile) -> dict[str, Any]:
             if not common.json and "published" in record:
                 console.rule(name)
             done[name] = _one(line, quiet=common.json)
-    finally:  # A step that fails does not take with it what the others measured.
-        shown = plan.kept(list(done)) if "published" in record else {}
+    finally:  # A step that fails does not take with it what the others measured, nor what was measured before.
+        shown = plan.kept(list(done)) if "published" in record and (done or not lines) else {}
     if shown and not common.json:
         console.rule()
         console.show(shown.pop("shown"))
