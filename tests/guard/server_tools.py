@@ -115,7 +115,7 @@ class Upstream:
 
     Attributes:
         mode: `ok`, `error` (500 in plain text), `refuse` (401), `redirect`, `garbage`, `break` (ends in the
-            middle of a stream), `slow`.
+            middle of a stream), `slow`, `unstreamed` (knows no streams).
     """
 
     def __init__(self) -> None:
@@ -193,7 +193,7 @@ class Upstream:
         texts = [f"echo: {text}" for text in ([asked] if isinstance(asked, str) else asked)]
         await (
             self._stream(send, request, texts[0])
-            if request.get("stream")
+            if request.get("stream") and self.mode != "unstreamed"
             else _reply(send, 200, _whole(request, texts))
         )
 

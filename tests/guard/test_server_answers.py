@@ -1,10 +1,12 @@
 """Answers over HTTP: re-checked while they are written, and judged whole for LiteLLM."""
 
+from typing import Any
+
 import httpx
 import openai
 import pytest
 from guarded import texts, tiny_guard, tiny_model
-from server_tools import running
+from server_tools import PATIENT, running
 
 from safety_neurons.errors import UsageError
 from safety_neurons.guard import (
@@ -58,6 +60,27 @@ def test_an_answer_is_stopped_where_a_guarded_model_stops_it(
             reasons.add(str(reason))
     assert "content_filter" in reasons
     assert len(reasons) > 1
+
+
+@pytest.mark.parametrize("shadow", [False, True])
+def test_answers_that_a_check_flags_are_counted_and_logged(guard: Guard, shadow: bool) -> None:
+    events, stopped, route = list[Any](), list[int](), "/v1/chat/completions"
+    settings = Settings("tiny", recheck_every=4, shadow=shadow, limits=Limits(new_tokens=64, **PATIENT))
+    with running(serve_guard(guard, settings, events.append)) as address:
+        for text in ASKED[:8]:
+            asked = {"model": "tiny", "messages": [{"role": "user", "content": text}], "max_tokens": NEW}
+            whole = httpx.post(f"{address}{route}", json={**asked, "n": 2}).json()
+            streamed = httpx.post(f"{address}{route}", json={**asked, "stream": True}).text
+            stopped += [
+                sum(choice["finish_reason"] == "content_filter" for choice in whole["choices"]),
+                streamed.count('"content_filter"'),
+            ]
+        page = httpx.get(f"{address}/metrics").text
+    logged = [event["flagged_answers"] for event in events if event["route"] == route]
+    assert f'flagged_answers_total{{route="{route}"}} {float(sum(logged))}' in page
+    assert logged[::2] == [2 * one for one in logged[1::2]]
+    assert 0 < sum(logged[1::2]) < 8
+    assert stopped == ([0] * 16 if shadow else logged)
 
 
 def test_longer_answers_than_the_checks_were_measured_on_are_refused(served: str) -> None:

@@ -198,6 +198,40 @@ def test_a_stream_that_breaks_off_ends_in_an_error_and_not_as_an_answer(proxy, u
     assert "upstream_unavailable" in sent.text
 
 
+def test_a_stream_that_breaks_off_is_in_the_log(upstream):
+    events, asked = [], {"model": "far", "messages": ASKED, "stream": True}
+    with running(service(upstream=upstream.url, log=events.append)) as address:
+        for mode in ("break", "ok"):
+            upstream.mode = mode
+            httpx.post(f"{address}/v1/chat/completions", json=asked)
+        until(lambda: len(events) == 2)
+    assert [event.get("code") for event in events] == ["upstream_unavailable", None]
+
+
+def test_an_answer_of_an_upstream_that_knows_no_streams_is_called_what_it_is(proxy, upstream):
+    upstream.mode, asked = "unstreamed", {"model": "far", "messages": ASKED, "stream": True}
+    said = httpx.post(f"{proxy}/v1/chat/completions", json=asked, headers={"x-api-key": TOKEN})
+    upstream.mode = "ok"
+    assert said.headers["content-type"] == "application/json"
+    assert said.json()["choices"][0]["message"]["content"].startswith("echo")
+
+
+def test_every_error_is_counted_once_by_its_code(upstream):
+    good, route = {"model": "far", "messages": ASKED}, "/v1/chat/completions"
+    with running(service(upstream=upstream.url, on_unsafe="error")) as address:
+        asked = [(route, good), (route, {**good, "messages": []}), (route, {**good, "messages": BAD})]
+        asked += [(route, {**good, "messages": [{"role": "user", "content": "x" * (1 << 21)}]})]
+        statuses = [
+            httpx.post(f"{address}{path}", json=body).status_code for path, body in [*asked, ("/v1/no", good)]
+        ]
+        page = httpx.get(f"{address}/metrics").text
+    counted = dict(line.rsplit(" ", 1) for line in page.splitlines() if "_rejected_total{" in line)
+    assert statuses == [200, 400, 400, 413, 404]
+    assert sum(map(float, counted.values())) == 4
+    for code in ("content_filter", "body_too_large", "not_found"):
+        assert counted[f'safety_neurons_guard_rejected_total{{code="{code}"}}'] == "1.0"
+
+
 def test_an_upstream_that_dies_is_502_and_one_that_returns_answers_again(proxy, upstream):
     upstream.mode = "ok"
     with openai.OpenAI(base_url=f"{proxy}/v1", api_key=TOKEN, max_retries=0) as client:

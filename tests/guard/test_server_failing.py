@@ -176,6 +176,11 @@ def test_an_answer_ends_with_an_error_where_the_model_gives_no_numbers(decode, w
         (b"data: {}\n\ndata: [DONE]", True),
         (b'data: {"text": "data: [DONE]"}\n\n', False),
         (b'data: {"text": "\\n\\ndata: [DONE]\\n\\n', False),
+        (b"event: response.completed\ndata: {}\n\n", True),
+        (b"event:response.completed\r\ndata:{}\r\n\r\n", True),
+        (b"event: response.completed\ndata: {}\n", False),
+        (b"event: response.completed.soon\ndata: {}\n\n", False),
+        (b"data: event:response.completed\n\n", False),
         (b"data: x\ndata: [DONE]\n\n", False),
         (b"data: [DONE] not yet\n\n", False),
         (b": data: [DONE]\n\n", False),
@@ -185,7 +190,7 @@ def test_an_answer_ends_with_an_error_where_the_model_gives_no_numbers(decode, w
 )
 @pytest.mark.parametrize("size", [1, 3, 1000])
 def test_a_stream_has_ended_where_an_event_says_so_and_not_a_text(sent, ended, size):
-    events = Events()
+    events = Events(frozenset({b"response.completed"}))
     for start in range(0, len(sent), size):
         events.feed(sent[start : start + size])
     assert events.finished() == ended

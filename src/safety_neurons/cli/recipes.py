@@ -79,7 +79,7 @@ def run(session: Session, repeated: RepeatedFile) -> dict[str, Any]:
             if not common.json and "published" in record:
                 console.rule(name)
             done[name] = _one(line, quiet=common.json)
-    finally:  # A step that fails does not take with it what the others measured, nor what was measured before.
+    finally:  # A step that fails takes nothing with it that others measured, now or before.
         shown = plan.kept(list(done)) if "published" in record and (done or not lines) else {}
     if shown and not common.json:
         console.rule()

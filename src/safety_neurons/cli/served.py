@@ -91,6 +91,8 @@ def line(event: Mapping[str, Any]) -> str:
         parts.append(f"guard {event['guard_ms']:.1f} ms")
     if "of" in event:
         parts.append(f"flagged {event['flagged']}/{event['of']}")
+    if "flagged_answers" in event:
+        parts.append(f"flagged answers {event['flagged_answers']}")
     parts += [f"p {event['p_unsafe']:.3f}"] if "p_unsafe" in event else []
     parts += [str(event[name]) for name in ("guard", "code", "exception") if name in event]
     parts.append(event["id"])

@@ -26,11 +26,9 @@ from safety_neurons.guard.server.envelopes import Answered, Envelope, Spent
 from safety_neurons.guard.server.local import Admission, Decode, Ended, Piece
 from safety_neurons.guard.server.routes import AnswerRoute
 from safety_neurons.guard.server.shapes import Problem, Streamed, beside, unfinished
-from safety_neurons.guard.server.upstream import Upstream
+from safety_neurons.guard.server.upstream import STREAM, Upstream
 from safety_neurons.guard.verdict import ASKED
 from safety_neurons.prompt_lists import Prompt
-
-_STREAM = "text/event-stream; charset=utf-8"
 
 
 @dataclass(frozen=True)
@@ -202,8 +200,10 @@ class Answerer:
         if not exchange.request.stream:
             status, headers, content = await self.upstream.whole(route.upstream, exchange.body)
             return Response(content, status, headers, media_type="application/json")
-        status, headers, pieces = await self.upstream.stream(route.upstream, exchange.body, route.ends)
-        return Streamed(pieces, status, headers, kind=_STREAM if status == 200 else "application/json")
+        status, headers, pieces = await self.upstream.stream(
+            route.upstream, exchange.body, route.ends, exchange.noted
+        )
+        return Streamed(pieces, status, headers, kind=headers.pop("content-type"))
 
     def _check_held(self, exchange: Exchange, outcomes: Sequence[Outcome]) -> None:
         """Whether those that are held may be answered with a refusal.
@@ -234,7 +234,7 @@ class Answerer:
         parts = [envelope.opening()]
         for index, one in enumerate(refused):
             parts += [envelope.piece(index, one.text), envelope.closing(index, one)]
-        return Streamed(_each([*parts, envelope.ending(Spent())]), kind=_STREAM)
+        return Streamed(_each([*parts, envelope.ending(Spent())]), kind=STREAM)
 
     async def _local(self, exchange: Exchange) -> Response:
         """Answers of the local model where nothing is flagged.
@@ -314,7 +314,7 @@ class Answerer:
     async def _given(self, exchange: Exchange, written: UnderWay, held: Sequence[bool]) -> Response:
         """What is written, whole or as it comes, and refusals for choices that are held."""
         if exchange.request.stream:
-            return Streamed(self._streamed(exchange, written, held), kind=_STREAM)
+            return Streamed(self._streamed(exchange, written, held), kind=STREAM)
         answers = self._started(held)
         try:
             async for index, event in written.pieces(self.settings.refusal):
@@ -322,6 +322,8 @@ class Answerer:
         except BaseException:
             written.give_up()
             raise
+        finally:
+            self._note_flagged(exchange, answers)
         return JSONResponse(exchange.envelope.whole(answers, _spent(exchange, answers)))
 
     async def _streamed(
@@ -341,9 +343,18 @@ class Answerer:
                     yield envelope.closing(index, answers[index])
             yield envelope.ending(_spent(exchange, answers))
         except Problem as problem:
+            exchange.noted["code"] = problem.code
             yield envelope.broken(problem)
         finally:
             written.give_up()
+            self._note_flagged(exchange, answers)
+
+    def _note_flagged(self, exchange: Exchange, answers: Sequence[Answered]) -> None:
+        """Counts the answers that a check flagged while they were written."""
+        if self.settings.recheck_every:
+            flagged = sum(answer.flagged for answer in answers)
+            self.gate.metrics.flagged_answers.labels(exchange.route.path).inc(flagged)
+            exchange.noted["flagged_answers"] = flagged
 
     def _started(self, held: Sequence[bool]) -> list[Answered]:
         refused = self.settings.refusal
@@ -356,7 +367,7 @@ def _take(answer: Answered, event: Piece | Ended) -> None:
         answer.text += event.text
     else:
         answer.reason, answer.tokens = event.reason, event.tokens
-        answer.prompt_tokens = event.prompt_tokens
+        answer.prompt_tokens, answer.flagged = event.prompt_tokens, event.flagged
 
 
 def _spent(exchange: Exchange, answers: Sequence[Answered]) -> Spent:

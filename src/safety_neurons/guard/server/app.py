@@ -371,6 +371,7 @@ def _application(service: Service) -> FastAPI:
         docs_url="/docs" if service.settings.docs else None,
         redoc_url=None,
     )
+    app.state.rejected = service.metrics.rejected
     app.add_exception_handler(Problem, _shown)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, _not_served)  # type: ignore[arg-type]
     app.add_exception_handler(Exception, _unforeseen)
@@ -382,6 +383,7 @@ def _application(service: Service) -> FastAPI:
 
 async def _shown(request: Request, problem: Problem) -> Response:
     request.scope["noted"]["code"] = problem.code
+    request.app.state.rejected.labels(problem.code).inc()
     return JSONResponse(problem.record, problem.status, problem.headers)
 
 

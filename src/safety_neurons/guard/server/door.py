@@ -288,10 +288,15 @@ class Metrics:
         self.blocked = self._counter(
             "blocked", "Prompts that were held back, by route; none in shadow mode.", "route"
         )
+        self.flagged_answers = self._counter(
+            "flagged_answers",
+            "Answers a check flagged while they were written, by route; stopped, but in shadow mode.",
+            "route",
+        )
         self.errors = self._counter(
             "errors", "Prompts without a sound verdict, by kind: truncated, error, timeout.", "kind"
         )
-        self.rejected = self._counter("rejected", "Requests turned away, by the code of the error.", "code")
+        self.rejected = self._counter("rejected", "Requests answered with an error, by its code.", "code")
         self.upstream = self._counter("upstream_errors", "Requests the upstream failed, by kind.", "kind")
         self.disconnected = self._counter(
             "disconnected", "Requests whose client went away before the answer."

@@ -21,12 +21,14 @@ class Answered:
         reason: `stop`, `length` or `content_filter`.
         prompt_tokens: Of what was asked; 0 where the model was not.
         tokens: Written.
+        flagged: Whether a check flagged it while it was written.
     """
 
     text: str = ""
     reason: str = "stop"
     prompt_tokens: int = 0
     tokens: int = 0
+    flagged: bool = False
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,8 @@ class Ended:
     reason: str
     prompt_tokens: int = 0
     tokens: int = 0
+    flagged: bool = False
+    """By a check while it was written; in shadow mode it goes on all the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +91,7 @@ class LocalAnswer:
         self.job, self.n_prompt, self.limit = job, len(ids), min(limit, decode.new_tokens)
         self.ids, self.begun = ids, decode.begun
         self.n_new = 0
+        self.flagged = False
         self.text = Detokenizer(lm.decode, decode.stop)
         self.held: list[str] | None = None
         self._settings = decode
@@ -155,7 +158,8 @@ class LocalAnswer:
             if rest:
                 self.job.tell(Piece(rest))
         self.job.ended = True
-        self.job.tell(Ended("stop" if self.text.stopped else reason, self.n_prompt, self.n_new))
+        ended = "stop" if self.text.stopped else reason
+        self.job.tell(Ended(ended, self.n_prompt, self.n_new, self.flagged))
         return False
 
 
@@ -224,6 +228,8 @@ class LocalWriter:
                 ]
                 watch.stopped[:] = False  # whoever goes on is admitted, whatever this one reading said
             elif every:
+                for row, checks in zip(rows, watch.rechecks, strict=True):
+                    row.flagged = any(verdict.flagged for _, verdict in checks)
                 going = [
                     not stop or row.end("content_filter")
                     for row, stop in zip(rows, watch.stopped.tolist(), strict=True)

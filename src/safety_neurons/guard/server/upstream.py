@@ -1,7 +1,7 @@
 """The upstream: any OpenAI-compatible server that answers what the guard let through."""
 
 import json
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, MutableMapping
 from typing import Any
 
 import httpx
@@ -13,6 +13,7 @@ from safety_neurons.model.chat_server import is_local
 
 LARGEST = 1 << 26
 """Bytes of an answer that are passed on; a longer one is cut off with an error."""
+STREAM = "text/event-stream; charset=utf-8"
 _CONNECT_SECONDS = 5.0
 _LONGEST = 40
 """Bytes of a line that tell whether it is `data: [DONE]`, or the name of an event that ends an answer."""
@@ -67,9 +68,10 @@ class Upstream:
         return await self._whole("POST", path, body)
 
     async def stream(
-        self, path: str, body: Mapping[str, Any], ends: frozenset[bytes] = frozenset()
+        self, path: str, body: Mapping[str, Any], ends: frozenset[bytes], noted: MutableMapping[str, Any]
     ) -> tuple[int, dict[str, str], AsyncGenerator[bytes, None]]:
-        """Its answer to a request as it comes; an error comes whole.
+        """Its answer to a request as it comes; an error, and an answer that is no stream, come whole, as
+        `content-type` among the headers says.
 
         Where it breaks off, the last event is an error and none of those that end an answer, so nobody takes
         a part for the whole.
@@ -78,6 +80,7 @@ class Upstream:
             path: Behind its address.
             body: Of the request.
             ends: Names of events that end an answer, beside `[DONE]`.
+            noted: Gets why it broke off, for the log line.
 
         Raises:
             Problem: As for `whole`.
@@ -89,8 +92,8 @@ class Upstream:
                 status, headers, whole = self._checked(response, await self._read(response))
             finally:
                 await response.aclose()
-            return status, headers, _once(whole)
-        return 200, _kept(response), self._pieces(response, ends)
+            return status, {**headers, "content-type": "application/json"}, _once(whole)
+        return 200, {**_kept(response), "content-type": STREAM}, self._pieces(response, ends, noted)
 
     async def _whole(
         self, method: str, path: str, body: Mapping[str, Any] | None
@@ -123,7 +126,9 @@ class Upstream:
             raise self._problem(error) from None
         return b"".join(parts)
 
-    async def _pieces(self, response: httpx.Response, ends: frozenset[bytes]) -> AsyncGenerator[bytes, None]:
+    async def _pieces(
+        self, response: httpx.Response, ends: frozenset[bytes], noted: MutableMapping[str, Any]
+    ) -> AsyncGenerator[bytes, None]:
         size, events = 0, Events(ends)
         problem: Problem | None = None
         try:
@@ -140,6 +145,7 @@ class Upstream:
         finally:
             await response.aclose()
         if problem is not None:
+            noted["code"] = problem.code
             yield (b"" if events.between else b"\n\n") + b"data: " + problem.body + b"\n\n"
 
     def _checked(self, response: httpx.Response, content: bytes) -> tuple[int, dict[str, str], bytes]:
@@ -194,7 +200,7 @@ class Events:
 
     def __init__(self, ends: frozenset[bytes] = frozenset()) -> None:
         self.between = True
-        self._ends = frozenset(b"event: " + name for name in ends)
+        self._ends = ends
         self._ending = False
         self._line = b""
         self._data: list[bytes] = []
@@ -215,19 +221,21 @@ class Events:
 
     def finished(self) -> bool:
         """Whether the end was there, the last line breaks left out or not."""
-        return self._done or [*self._data, *_data_of(self._line)] == [b"[DONE]"]
+        return self._done or [*self._data, *_value_of(b"data", self._line)] == [b"[DONE]"]
 
     def _end_line(self, line: bytes) -> None:
         self._line, self.between = b"", not line
-        self._ending = self._ending or line in self._ends
+        self._ending = self._ending or any(name in self._ends for name in _value_of(b"event", line))
         if not line:
             self._done = self._done or self._data == [b"[DONE]"] or self._ending
             self._data = []
-        self._data = [*self._data, *_data_of(line)][:2]
+        self._data = [*self._data, *_value_of(b"data", line)][:2]
 
 
-def _data_of(line: bytes) -> list[bytes]:
-    return [line[5:].removeprefix(b" ")] if line == b"data" or line.startswith(b"data:") else []
+def _value_of(field: bytes, line: bytes) -> list[bytes]:
+    """What a line gives a field; the space behind the colon may be missing, as the colon may."""
+    name, _, value = line.partition(b":")
+    return [value.removeprefix(b" ")] if name == field else []
 
 
 async def _once(content: bytes) -> AsyncGenerator[bytes, None]:
