@@ -226,12 +226,12 @@ def _check_told_apart(
     recipe: pathlib.Path,
 ) -> None:
     """Refuses numbers of several models, or whatever else, where nothing says of which one this run is."""
-    told = record.get("told_apart_by")
-    if told is None and all(len(quantity.values) < 2 for quantity in published):
+    told = str(record.get("told_apart_by"))
+    if "told_apart_by" not in record and all(len(quantity.values) < 2 for quantity in published):
         return
-    if str(told) not in places:
+    if told not in places:
         raise InputError(
-            f"{recipe} is not a recipe: `told_apart_by` is {str(told)[:40]!r}, expected the place that tells "
+            f"{recipe} is not a recipe: `told_apart_by` is {told[:40]!r}, expected the place that tells "
             f"its rows apart{', one of ' if places else ''}{', '.join(places)}"
         )
     if published and told not in values:

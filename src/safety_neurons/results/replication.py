@@ -208,8 +208,8 @@ def _in_step(step: str, at: Sequence[Any], ran: Ran) -> Estimate:
         numbers = [found.get(name) for name in ("value", "low", "high")]
         if "value" in found and all(number is None or _is_number(number) for number in numbers):
             value, low, high = numbers
-            counts = (int(found.get(name) or 0) for name in ("n", "unscored"))
-            return Estimate(value, low, high, *counts, found.get("why"))
+            n, unscored = (int(found.get(name) or 0) for name in ("n", "unscored"))
+            return Estimate(value, low, high, n, unscored, found.get("why"))
     elif _is_number(found):
         return Estimate(float(found), None, None, 0)
     raise _Missing(f"{' / '.join(map(_word, at))} of step {step} is no number")
