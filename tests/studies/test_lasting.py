@@ -182,10 +182,10 @@ def test_unknown_arms_and_judges_are_errors():
 
 
 def test_protection_holds_the_tuned_neurons_through_the_task(model, sets):
-    from safety_neurons.studies.lasting import Tunings
+    from safety_neurons.studies.lasting import SeedTunings
     from safety_neurons.tuning import protected
 
-    other, _ = Tunings(model, plan(arms=(KEPT,)), 0).twin(SN, sets.safety)
+    other, _ = SeedTunings(model, plan(arms=(KEPT,)), 0).twin(SN, sets.safety)
     before = base_hash(other, sets.safety)
     assert before != base_hash(model, sets.safety)
     with protected(other, sets.safety):

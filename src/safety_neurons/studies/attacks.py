@@ -41,8 +41,8 @@ from safety_neurons.studies.lasting import (
     Lab,
     Plan,
     SeedOf,
+    SeedTunings,
     Sets,
-    Tunings,
     complied,
     facts_of,
     fine_tune,
@@ -146,12 +146,12 @@ def stress(
     if "harmful" in attack.kinds and attack.harmful is None:
         attack = dataclasses.replace(attack, harmful=own_answers(model, plan, lab, cache, facts))
 
-    def work(state: str, tunings: Tunings) -> dict[str, Any]:
+    def work(state: str, tunings: SeedTunings) -> dict[str, Any]:
         say(f"{state}/{tunings.seed}")
         return _Attacked(tunings, sets, attack, lab, state, say).curves()
 
     for seed in plan.seeds:
-        tunings = Tunings(model, plan, seed, cache, facts)
+        tunings = SeedTunings(model, plan, seed, cache, facts)
         for state in (BEFORE, AFTER):
             name = f"{state}/{seed}"
             done[name] = cache.cached(SeedOf("stress", name, facts), functools.partial(work, state, tunings))
@@ -196,7 +196,7 @@ class _Attacked:
 
     def __init__(
         self,
-        tunings: Tunings,
+        tunings: SeedTunings,
         sets: Sets,
         attack: Attack,
         lab: Lab,

@@ -36,8 +36,8 @@ from safety_neurons.studies.lasting import (
     Lab,
     Plan,
     SeedOf,
+    SeedTunings,
     Sets,
-    Tunings,
     facts_of,
     fine_tune,
     measured,
@@ -168,7 +168,7 @@ def defences(
     if HARMFUL in grid.mixtures and grid.harmful is None:
         grid = dataclasses.replace(grid, harmful=own_answers(model, plan, lab, cache, facts))
     for seed in plan.seeds:
-        tunings = Tunings(model, plan, seed, cache, facts)
+        tunings = SeedTunings(model, plan, seed, cache, facts)
         made = _Made(tunings, sets, grid, lab)
         for arm in grid.arms:
             works: dict[str, Any] = {f"{arm}/{seed}": functools.partial(made.start, arm)}
@@ -192,7 +192,7 @@ def _told(say: Progress, name: str, work: Any) -> Any:
 class _Made:
     """The defended models of one seed, each made when it is first needed."""
 
-    def __init__(self, tunings: Tunings, sets: Sets, grid: Grid, lab: Lab) -> None:
+    def __init__(self, tunings: SeedTunings, sets: Sets, grid: Grid, lab: Lab) -> None:
         self.tunings, self.sets, self.grid, self.lab = tunings, sets, grid, lab
         self.model, self.plan, self.seed = tunings.model, tunings.plan, tunings.seed
 

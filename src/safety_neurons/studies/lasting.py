@@ -331,13 +331,13 @@ def rsn(
     facts = facts_of(lab, model=model, sets=sets, plan=plan)
     cache, done = cache or Cache(), dict[str, Any]()
 
-    def work(arm: str, tunings: Tunings) -> dict[str, Any]:
+    def work(arm: str, tunings: SeedTunings) -> dict[str, Any]:
         seed = tunings.seed
         (tell or (lambda _line: None))(f"{arm}/{seed}")
         return _one(tunings, _members(sets, arm, seed), lab, arm, _known(done, arm, seed))
 
     for seed in plan.seeds:
-        tunings = Tunings(model, plan, seed, cache, facts)
+        tunings = SeedTunings(model, plan, seed, cache, facts)
         for arm in plan.arms:
             name = f"{arm}/{seed}"
             done[name] = cache.cached(SeedOf("rsn", name, facts), functools.partial(work, arm, tunings))
@@ -378,7 +378,7 @@ def _members(sets: Sets, arm: str, seed: int) -> NeuronSet | None:
 
 
 @dataclasses.dataclass
-class Tunings:
+class SeedTunings:
     """What is tuned with one seed, every kind once; a killed study goes on where its training was.
 
     Attributes:
@@ -429,7 +429,7 @@ class Tunings:
 
 
 def _one(
-    tunings: Tunings, members: NeuronSet | None, lab: Lab, arm: str, known: Point | None
+    tunings: SeedTunings, members: NeuronSet | None, lab: Lab, arm: str, known: Point | None
 ) -> dict[str, Any]:
     """One arm with one seed: tune, measure, fine-tune on the task, measure."""
     plan, seed = tunings.plan, tunings.seed
