@@ -1,5 +1,6 @@
 """The rsn and stress studies on a tiny model: sets, arms, what is kept, and that the caller's model stays."""
 
+import dataclasses
 import json
 
 import pytest
@@ -153,10 +154,13 @@ def test_a_killed_study_goes_on_with_the_training_it_was_in(
     assert not list(place("checkpoints").glob("*"))
 
 
-def test_defences_are_refused_at_once_where_nothing_is_left_for_rsn_tune(model, sets, lab):
+def test_a_study_is_refused_at_once_where_nothing_is_left_for_rsn_tune(model, sets, lab):
     told, grid = [], Grid((1e-2,), (1,), ("benign",), arms=(SN, RSN))
-    with pytest.raises(NeuronError, match="0 safety neurons are left for RSN-Tune"):
+    with pytest.raises(NeuronError, match=r"0 of \d+ safety neurons are left for RSN-Tune"):
         defences(model, sets, plan(), grid, lab, tell=told.append)
+    given = dataclasses.replace(sets, robust=sets.safety - sets.safety)  # As of two files, not filled up.
+    with pytest.raises(NeuronError, match=r"0 of \d+ safety neurons are left for RSN-Tune"):
+        rsn(model, given, plan(arms=(SN, RSN)), lab, tell=told.append)
     assert not told
 
 

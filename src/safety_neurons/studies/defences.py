@@ -16,7 +16,7 @@ import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from safety_neurons.errors import NeuronError, UsageError
+from safety_neurons.errors import UsageError
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.adapters import is_adapted
 from safety_neurons.neurons import NeuronSet
@@ -38,6 +38,7 @@ from safety_neurons.studies.lasting import (
     SeedOf,
     SeedTunings,
     Sets,
+    check_left,
     facts_of,
     fine_tune,
     measured,
@@ -157,11 +158,7 @@ def defences(
     NeurIPS 2024 (Safe LoRA); Li et al., ICLR 2025 (frozen safety layers); Bianchi et al., ICLR 2024 (refusals
     among the data). Differs: one measure for all, the worst of a grid with a bound on capability.
     """
-    if RSN in grid.arms and not len(sets.safety - sets.foundation):
-        raise NeuronError(
-            f"0 safety neurons are left for {RSN} after taking out {len(sets.foundation)} foundation "
-            "neurons, some were expected; take a larger share, fewer foundation neurons, or leave it out"
-        )
+    check_left(grid.arms, sets.safety - sets.foundation, sets)
     facts = facts_of(lab, model=model, sets=sets, plan=plan, grid=grid)
     cache, done = cache or Cache(), dict[str, Any]()
     say = tell or (lambda _line: None)

@@ -154,6 +154,16 @@ def sets_from(scores: Scores, basis: NeuronSet, share: float, *, fill: bool = Tr
     return Sets(safety, basis, robust, len(safety) - len(plain), scores)
 
 
+def check_left(arms: Sequence[str], robust: NeuronSet, sets: Sets) -> None:
+    """Refuses RSN-Tune before anything is trained where it has nothing to train."""
+    if RSN in arms and not len(robust):
+        raise NeuronError(
+            f"0 of {len(sets.safety)} safety neurons are left for {RSN} after taking out "
+            f"{len(sets.foundation)} foundation neurons, some were expected; take a larger share, fewer "
+            "foundation neurons, or leave it out"
+        )
+
+
 def within(scores: Scores, share: float, without: NeuronSet | None = None) -> NeuronSet:
     """The neurons with the highest scores that hold at most this share of all parameters, those of another
     set left out.
@@ -325,9 +335,13 @@ def rsn(
         The result as JSON values: `arms` (before and after the downstream fine-tune), `differences` of
         harmful scores after it.
 
+    Raises:
+        NeuronError: nothing is left for RSN-Tune.
+
     Source: Zhao et al., ICLR 2025, section 4.3 and Table 4. Differs: random neurons, no tuning and protection
     beside it; five seeds with intervals; task accuracy beside safety.
     """
+    check_left(plan.arms, sets.robust, sets)
     facts = facts_of(lab, model=model, sets=sets, plan=plan)
     cache, done = cache or Cache(), dict[str, Any]()
 
