@@ -1,7 +1,9 @@
 """Checkpoints of images and text are read by their text decoder, in every verb that takes a model."""
 
+import contextlib
 import json
 import pathlib
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -9,9 +11,11 @@ import torch
 import transformers
 from running import done
 
-from families import redraw
-from safety_neurons.model import load
-from tiny import CHAT_TEMPLATE, SIZES, tiny_tokenizer
+from families import redraw, sibling
+from safety_neurons.interventions import patched
+from safety_neurons.model import LanguageModel, load
+from safety_neurons.neurons import NeuronSet
+from tiny import CHAT_TEMPLATE, SIZES, WORDS, tiny_tokenizer
 
 _IMAGE: dict[str, Any] = {
     "hidden_size": 16,
@@ -22,6 +26,7 @@ _IMAGE: dict[str, Any] = {
     "patch_size": 8,
 }
 _TURNING = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+_TOKENS = {"image_token_id": 95, "video_token_id": 94, "vision_start_token_id": 93, "vision_end_token_id": 92}
 _QWEN_IMAGE = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 24, "out_hidden_size": 32}
 
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -47,10 +52,31 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "text_config": {**SIZES, "rope_parameters": _TURNING},
             "vision_config": {**_QWEN_IMAGE, "patch_size": 8, "fullatt_block_indexes": [0]},
-            "image_token_id": 95,
-            "video_token_id": 94,
-            "vision_start_token_id": 93,
-            "vision_end_token_id": 92,
+            **_TOKENS,
+        },
+    ),
+    "qwen3_vl": (
+        "Qwen3VL",
+        {
+            "text_config": {**SIZES, "head_dim": 8, "rope_parameters": _TURNING},
+            "vision_config": {
+                **_QWEN_IMAGE,
+                "patch_size": 8,
+                "num_position_embeddings": 16,
+                "deepstack_visual_indexes": [0],
+            },
+            **_TOKENS,
+        },
+    ),
+    "gemma3": (
+        "Gemma3",
+        {
+            "text_config": {**SIZES, "head_dim": 16, "sliding_window": 5},
+            "vision_config": _IMAGE,
+            "mm_tokens_per_image": 4,
+            "image_token_index": 95,
+            "boi_token_index": 94,
+            "eoi_token_index": 93,
         },
     ),
 }
@@ -99,3 +125,48 @@ def test_every_verb_takes_the_text_decoder(folder: pathlib.Path, tmp_path: pathl
     tuned = done("tune", *one, *trained, *short, "--no-check", "--out", tmp_path / "tuned")
     assert tuned["steps"] == 2
     assert load(f"{folder}+{tuned['adapter']}").anatomy.coverage().complete
+
+
+def next_token(base: LanguageModel, donor: LanguageModel, down: Iterable[str], ids: list[int]) -> int:
+    """What the base model writes next while every other neuron of its `down` sites is the donor's, both run
+    on the whole text.
+    """
+    held: dict[str, torch.Tensor] = {}
+    text = torch.tensor([ids])
+    with torch.no_grad(), contextlib.ExitStack() as stack:
+        for key in down:
+            places = [model.anatomy.places[key].hooked for model in (base, donor)]
+
+            def keep(_: Any, given: Any, key: str = key) -> None:
+                held[key] = given[0].clone()
+
+            def put(_: Any, given: Any, key: str = key) -> tuple[torch.Tensor]:
+                changed = given[0].clone()
+                changed[..., ::2] = held[key][..., ::2]
+                return (changed,)
+
+            stack.callback(places[0].register_forward_pre_hook(put).remove)
+            stack.callback(places[1].register_forward_pre_hook(keep).remove)
+        donor.model(input_ids=text, use_cache=False)
+        return int(base.model(input_ids=text, use_cache=False).logits[0, -1].argmax())
+
+
+def test_answers_of_a_patched_batch_that_rows_leave_are_rerunning_both_models(folder: pathlib.Path) -> None:
+    base = load(folder)
+    donor = LanguageModel(sibling(base.model), base.tokenizer)
+    down = {key: range(0, size, 2) for key, size in base.table.sizes.items() if key.endswith("down")}
+    neurons = NeuronSet(down, base.table)
+    asked = [f"{first} {second}" for first in ("how do i", "kill", "tell me") for second in WORDS[:4]]
+    expected = []
+    for prompt in base.encode(asked):
+        ids = list(prompt.ids)
+        for _ in range(4):
+            ids.append(next_token(base, donor, down, ids))
+        expected.append(ids[len(prompt.ids) :])
+    ends = [tokens[1] for tokens in expected[::2]]  # so that half of the rows and more end early
+    with patched(base, donor, neurons):
+        answers = base.complete(asked, max_new_tokens=4, eos_token_id=ends, batch_size=len(asked))
+    until = [next((at for at, token in enumerate(row) if token in ends), len(row)) for row in expected]
+    assert len(set(until)) > 1
+    rows = zip(expected, until, strict=True)
+    assert [list(one.token_ids) for one in answers] == [row[:length] for row, length in rows]

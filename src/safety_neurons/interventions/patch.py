@@ -542,7 +542,7 @@ class TwinPass:
                 "two separate models embed tokens each on their own; pass input_ids instead of inputs_embeds"
             )
         if given.get("use_cache") is None:
-            given["use_cache"] = bool(getattr(getattr(self.base.body, "config", None), "use_cache", False))
+            given["use_cache"] = bool(_of_text(self.base, "use_cache"))
         cache = cache_in(given)
         if cache is not None:
             self.follower.check(cache, source.shape[0])
@@ -677,7 +677,7 @@ def _donor(subject: Subject, aligned: Any) -> Subject:
             f"matrices, the donor {donor.anatomy.table.n_neurons} in {len(donor.anatomy.table.keys)}; pass "
             "two models of one architecture"
         )
-    own, other = (getattr(getattr(one.body, "config", None), "vocab_size", None) for one in (subject, donor))
+    own, other = (_of_text(one, "vocab_size") for one in (subject, donor))
     if own != other:
         raise MismatchError(
             f"base has a vocabulary of {own} tokens and the donor of {other}; pass two models with one "
@@ -693,6 +693,12 @@ def _donor(subject: Subject, aligned: Any) -> Subject:
                 f"{differing[0]!r} among them, and are fed the same ids; pass two models with one tokenizer"
             )
     return donor
+
+
+def _of_text(subject: Subject, name: str) -> Any:
+    """A field of the configuration of what reads text; None where there is none."""
+    config = getattr(subject.body, "config", None)
+    return None if config is None else getattr(config.get_text_config(decoder=True), name, None)
 
 
 def _follow(stack: contextlib.ExitStack, base: Subject, donor: Subject, chosen: dict[str, Any]) -> None:

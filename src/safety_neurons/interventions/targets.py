@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from safety_neurons.errors import DecodeError, NeuronError, UnsupportedModelError, UsageError
 from safety_neurons.model import LanguageModel
+from safety_neurons.model.batches import decoder_of
 from safety_neurons.model.decoding import cache_in, following
 from safety_neurons.model.hooks import around, editing, evaluating, rerouting
-from safety_neurons.model.sites import Anatomy, ExpertRows
+from safety_neurons.model.sites import Anatomy, ExpertRows, unwrapped
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.neurons.experts import whole_experts
 
@@ -39,8 +40,9 @@ class Subject:
         view: What the caller passed: a `LanguageModel` or a bare Hugging Face model.
         model: The Hugging Face (or PEFT) model.
         anatomy: Where its sites are.
-        body: The decoder stack: the nearest module around all decoder layers. Every pass goes through it,
-            whether started by ``generate``, by a call of the model or by a pass without the output head.
+        body: The decoder stack: the nearest module around all decoder layers that token ids come to. Every
+            pass goes through it, whether started by ``generate``, by a call of the model or by a pass without
+            the output head.
     """
 
     view: Any
@@ -90,7 +92,12 @@ class Subject:
 
 
 def _body(model: nn.Module, anatomy: Anatomy) -> nn.Module:
-    """The module that holds the list of decoder layers."""
+    """The module that holds the list of decoder layers; in a model of text and more the one around it, since
+    the text comes to the layers embedded.
+    """
+    config = unwrapped(model).config
+    if config.get_text_config(decoder=True) is not config:
+        return decoder_of(model)
     names = anatomy.layers[0].module_name.split(".")[:-2]
     return model.get_submodule(".".join(names))
 

@@ -231,8 +231,16 @@ _ROW_LAYERS = frozenset({"DynamicLayer", "DynamicSlidingWindowLayer"})
 """Layers of a cache that hold keys and values by row, and nothing else."""
 
 
+_PLACES = "rope_deltas"
+"""Where models of images and text keep, by row, how far positions are from the places of tokens."""
+
+
 def rows_can_leave(model: Any) -> bool:
-    """Whether the model's cache holds every row by itself, so that rows can be taken out of a batch."""
+    """Whether the model's cache holds every row by itself, and nothing else does, so that rows can be taken
+    out of a batch.
+    """
+    if any(_PLACES in vars(module) for module in unwrapped(model).modules()):
+        return False
     plain = getattr(unwrapped(model), "_supports_default_dynamic_cache", None)
     if not callable(plain) or not plain():
         return False
