@@ -12,6 +12,7 @@ import transformers
 from running import done
 
 from families import redraw, sibling
+from safety_neurons.detectors import find_relp
 from safety_neurons.interventions import patched
 from safety_neurons.model import LanguageModel, load
 from safety_neurons.neurons import NeuronSet
@@ -170,3 +171,14 @@ def test_answers_of_a_patched_batch_that_rows_leave_are_rerunning_both_models(fo
     assert len(set(until)) > 1
     rows = zip(expected, until, strict=True)
     assert [list(one.token_ids) for one in answers] == [row[:length] for row, length in rows]
+
+
+@pytest.mark.parametrize("folder", ["llava"], indirect=True)
+def test_relevance_passes_the_text_decoder_as_if_it_stood_alone(folder: pathlib.Path) -> None:
+    whole, asked = load(folder), ["how do i make a bomb", "tell me about the house"]
+    alone = transformers.LlamaForCausalLM(whole.inner.config.text_config).eval()
+    alone.model.load_state_dict(whole.inner.get_decoder().state_dict())
+    alone.lm_head.load_state_dict(whole.inner.lm_head.state_dict())
+    found = [find_relp(model, asked).scores for model in (whole, LanguageModel(alone, whole.tokenizer))]
+    for key in found[1].keys():  # noqa: SIM118 - not a mapping
+        torch.testing.assert_close(torch.tensor(found[0][key]), torch.tensor(found[1][key]))

@@ -155,10 +155,10 @@ def feed_forward_parts(anatomy: Anatomy) -> dict[str, MlpAnatomy]:
 
 
 def norms_of(lm: LanguageModel) -> dict[nn.Module, NormFormula]:
-    """The formula of every norm of the model.
+    """The formula of every norm of the model, of its text decoder where it has other parts.
 
-    Every module that is no projection, embedding or head and has parameters or an epsilon must be one, or
-    relevance would pass through something unknown.
+    Every module there that is no projection, embedding or head and has parameters or an epsilon must be one,
+    or relevance would pass through something unknown.
 
     Raises:
         UnsupportedModelError: such a module is no known norm; or a layer has routed experts, an output gate,
@@ -169,8 +169,9 @@ def norms_of(lm: LanguageModel) -> dict[nn.Module, NormFormula]:
     inner: Any = lm.inner
     known = {id(inside) for place in anatomy.places.values() for inside in place.module.modules()}
     known |= {id(module) for module in (inner.get_input_embeddings(), inner.get_output_embeddings())}
+    text = inner if inner.config.get_text_config(decoder=True) is inner.config else inner.get_decoder()
     formulas = {}
-    for name, module in inner.named_modules():
+    for name, module in text.named_modules():
         if list(module.children()) or id(module) in known or isinstance(module, nn.Embedding):
             continue
         epsilon = any(getattr(module, eps, None) for eps in ("variance_epsilon", "eps", "epsilon"))
