@@ -345,6 +345,21 @@ def test_every_method_that_fits_a_pair_of_mixtures_is_compared_and_others_are_le
         compare(*models, *asked, **looked_at, methods=["probe"], random=0, **OPTIONS)
 
 
+def test_a_method_that_only_finds_out_at_work_that_it_does_not_fit_is_left_out_of_a_pair_of_hybrids():
+    """Relevance has no rule for the convolution of one layer, which every other method passes by."""
+    base, words = build("lfm2"), tiny_tokenizer(CHAT_TEMPLATE)
+    models = [LanguageModel(model, words) for model in (base, sibling(base))]
+    asked = [Prompts.from_list(texts[:2]) for texts in (HARMFUL, HARMLESS)]
+    looked_at = {"find_prompts": asked[0], "find_harmless": asked[1], "find_general": asked[1]}
+    found = compare(*models, *asked, **looked_at, top=0.1, random=1, **OPTIONS)
+    left_out = {note.split()[0] for note in found.bench.notes if "was left out" in note}
+    assert left_out == {"heads", "routing", "relp"}
+    names = [row.method for row in found.methods]
+    assert sorted([*left_out, *names]) == sorted([*comparison.METHODS, "random 0"])
+    with pytest.raises(UnsupportedModelError, match="relp has rules"):
+        compare(*models, *asked, **looked_at, methods=["relp"], random=0, **OPTIONS)
+
+
 def test_what_searches_say_is_among_the_notes_also_of_a_run_that_goes_on(pair, prompts, tmp_path):
     def run():
         return compare(

@@ -260,7 +260,13 @@ def compare(
         method = searching(name, sites, bench.longest, (budget, n_units), settle)
         shown = {kind: text for kind, text in texts.items() if kind in method.shown()}
         kept_as = f"{name}-{budget}" if hasattr(method, "units") else name  # Another size, another search.
-        scores, cost = searches.scores(kept_as, method, find_prompts, bench.batch_size, **shown)
+        try:
+            scores, cost = searches.scores(kept_as, method, find_prompts, bench.batch_size, **shown)
+        except UnsupportedModelError as error:
+            if named_ones is not None or (name == methods[-1] and not rows and truth is None):
+                raise
+            bench.say([f"{name} was left out: {error}"])
+            continue
         bench.say(f"{name}: {note}" for note in cost["notes"])
         rows.append(make.row(name, whole_units(scores.top_units(budget), sites), cost["seconds"]))
     known = [make.row(TRUTH, neurons, 0.0) for neurons in itself]
