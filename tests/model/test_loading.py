@@ -10,6 +10,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from families import build
 from safety_neurons import model as model_box
 from safety_neurons.errors import MismatchError, ModelError, NumericalError, UsageError
 from safety_neurons.model import LanguageModel, ModelSpec, load, load_pair, parse_spec
@@ -178,6 +179,18 @@ def test_a_gpu_that_is_absent_is_a_one_line_error(base):
     ) as error:
         load(base, device="cuda")
     assert _one_line(error)
+
+
+def test_routed_experts_are_loaded_in_float64(tmp_path):
+    """The product by which transformers multiplies them takes no such numbers."""
+    build("mixtral").save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    exact, stock, ids = load(tmp_path, dtype="float64"), load(tmp_path), torch.arange(5, 17)[None]
+    assert exact.dtype is torch.float64
+    assert exact.anatomy.coverage().complete
+    with torch.no_grad():
+        logits = [model.model(input_ids=ids).logits.double() for model in (exact, stock)]
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-4)
 
 
 def test_unknown_dtypes_devices_and_contradictions_are_usage_errors(base):

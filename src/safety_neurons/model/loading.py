@@ -455,6 +455,8 @@ def _base(
             f"{folder}: cannot be loaded as {what} ({_said(error)}); {_advice(error, _WHOLE)}"
         ) from error
     model, info = loaded
+    if model.dtype is torch.float64 and _experts_of(model) == "grouped_mm":
+        model.set_experts_implementation("batched_mm")  # the grouped product takes no float64
     notes += _check_read(folder, info, weights, "" if causal else getattr(model, "base_model_prefix", ""))
     notes += _ambiguous(folder, model if causal else None)
     if placement.device is not None:
@@ -465,6 +467,11 @@ def _base(
                 f"{folder}: cannot be put on {placement.device} ({first_line(error)})"
             ) from error
     return model.eval(), tokenizer, notes
+
+
+def _experts_of(model: Any) -> str | None:
+    """The implementation by which routed experts are multiplied; None of a model that has none."""
+    return getattr(model.config.get_text_config(decoder=True), "_experts_implementation", None)
 
 
 def _described(folder: Path, kind: str, trust_remote_code: bool) -> tuple[Any, str, list[str]]:
