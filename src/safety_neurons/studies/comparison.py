@@ -254,21 +254,18 @@ def compare(
     )
     make = _Rows(subject, truth, texts.get("general"))
     bench.say(left_out)
-    searches, rows = Searches((base, aligned), place), []
-    for name in methods:
+    searches = Searches((base, aligned), place)
+
+    def row(name: str) -> MethodResult:
         bench.tell(f"find {name}")
         method = searching(name, sites, bench.longest, (budget, n_units), settle)
         shown = {kind: text for kind, text in texts.items() if kind in method.shown()}
         kept_as = f"{name}-{budget}" if hasattr(method, "units") else name  # Another size, another search.
-        try:
-            scores, cost = searches.scores(kept_as, method, find_prompts, bench.batch_size, **shown)
-        except UnsupportedModelError as error:
-            if named_ones is not None or (name == methods[-1] and not rows and truth is None):
-                raise
-            bench.say([f"{name} was left out: {error}"])
-            continue
+        scores, cost = searches.scores(kept_as, method, find_prompts, bench.batch_size, **shown)
         bench.say(f"{name}: {note}" for note in cost["notes"])
-        rows.append(make.row(name, whole_units(scores.top_units(budget), sites), cost["seconds"]))
+        return make.row(name, whole_units(scores.top_units(budget), sites), cost["seconds"])
+
+    rows = _found(methods, row, bench, named=named_ones is not None)
     known = [make.row(TRUTH, neurons, 0.0) for neurons in itself]
     drawn = make.controls(known or rows)
     rows, known = make.compared([*rows, *drawn]), make.compared([*known, *drawn])[: len(known)]
@@ -345,6 +342,25 @@ def fitting(
         raise UnsupportedModelError(next(iter(reasons.values())))
     said = [f"{name} was left out: {reason}" for name, reason in reasons.items()]
     return [name for name in methods if name not in reasons], said
+
+
+def _found(
+    methods: Sequence[str], row: Callable[[str], MethodResult], bench: Bench, *, named: bool
+) -> list[MethodResult]:
+    """The row of every method but those that find out at work that they do not fit the model.
+
+    Raises:
+        UnsupportedModelError: one that was asked for by name, or every one, does not fit.
+    """
+    rows: list[MethodResult] = []
+    for name in methods:
+        try:
+            rows.append(row(name))
+        except UnsupportedModelError as error:
+            if named or (name == methods[-1] and not rows):
+                raise
+            bench.say([f"{name} was left out: {error}"])
+    return rows
 
 
 class _Rows:
