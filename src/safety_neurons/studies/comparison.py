@@ -225,12 +225,8 @@ def compare(
     top, sites, named_ones = how.pop("top", 0.05), how.pop("sites", None), how.pop("methods", None)
     settle = how.pop("settle", 0.0)
     methods = check_methods(named_ones, texts)
-    if not methods and truth is None:
-        raise UsageError(
-            "no method and no truth was given; expected one of them at least, for random sets to be like it"
-        )
-    if truth is None and not 0 < top <= 1:
-        raise UsageError(f"top {top} is not a share; expected above 0 and at most 1 (0.05 for five per cent)")
+    if truth is None:
+        _check_budget(methods, top)
     truth = truth.on(base.table) if truth is not None else None
     if truth is not None and not len(truth):
         raise UsageError("the truth is an empty set; expected at least one neuron")
@@ -284,6 +280,16 @@ def compare(
         bench=bench,
         limits=limits,
     )
+
+
+def _check_budget(methods: Sequence[str], top: float) -> None:
+    """Refuses a comparison without a truth that has no method either, or a budget that is no share."""
+    if not methods:
+        raise UsageError(
+            "no method and no truth was given; expected one of them at least, for random sets to be like it"
+        )
+    if not 0 < top <= 1:
+        raise UsageError(f"top {top} is not a share; expected above 0 and at most 1 (0.05 for five per cent)")
 
 
 def check_methods(methods: Sequence[str] | None, texts: Collection[str]) -> list[str]:
