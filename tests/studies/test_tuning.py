@@ -2,7 +2,7 @@
 
 import pytest
 
-from safety_neurons.errors import UsageError
+from safety_neurons.errors import NeuronError, UsageError
 from safety_neurons.model import LanguageModel
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.prompt_lists import Prompt, Prompts
@@ -178,3 +178,9 @@ def test_a_gate_can_require_it():
     )
     with pytest.raises(UsageError, match="true or false"):
         Gate.of({"achieved": "yes"})
+
+
+def test_what_cannot_be_trained_is_refused_before_anything_is_written(model, neurons, tmp_path):
+    with pytest.raises(NeuronError, match="are protected, at least one to train was expected"):
+        tune(model, neurons, HARMFUL, harmless=HARMLESS, protect=neurons, folder=tmp_path, **QUICK)
+    assert not list(tmp_path.iterdir())

@@ -8,7 +8,7 @@ import pytest
 
 from conforming import misfits
 from families import build
-from safety_neurons.errors import ForeignModelError, NeuronError
+from safety_neurons.errors import ForeignModelError, NeuronError, UnsupportedModelError
 from safety_neurons.judges import judge_refusal
 from safety_neurons.model import LanguageModel, load_pair
 from safety_neurons.neurons import NeuronSet, Provenance, Scores
@@ -19,9 +19,13 @@ from safety_neurons.studies import (
     compare,
     cross_patch,
     helpfulness,
+    evaluate,
     progressive,
+    transfer,
+    verify_both,
     verify_deactivate,
     verify_patch,
+    verify_scale,
 )
 from safety_neurons.studies.bench import Bench
 from safety_neurons.studies.evaluation import Sources, requests_of
@@ -275,3 +279,37 @@ def test_the_record_is_json_values_with_the_keys_of_the_design(verified):
     assert record["treated"].keys() >= {"harmful_refused", "harmless_refused", "perplexity"}
     assert record["causal_effect"].keys() >= {"value", "low", "high", "measure", "why"}
     assert record["causal_effect"]["measure"] == "refused"
+
+
+def refused_by(study, model, neurons, prompts, folder):
+    """Runs one study of a set that it cannot treat."""
+    how = {**OPTIONS, "random": 1, "completions_file": folder / "completions.jsonl"}
+    if study == "evaluate":
+        evaluate(model, "builtin:harmful-test", patch=neurons, donor=model, out=folder)
+    elif study == "cross_patch":
+        models = {"safety": model, "helpful": model}
+        cross_patch(models, neurons, *prompts, measure=helpfulness("answered"), **how)
+    elif study == "transfer":
+        transfer(model, model, {"a": neurons}, {"a": prompts[0]}, prompts[1], **how)
+    else:
+        {"patch": verify_patch, "both": verify_both}[study](model, model, neurons, *prompts, **how)
+
+
+@pytest.mark.parametrize("study", ["patch", "both", "transfer", "cross_patch", "evaluate"])
+def test_a_set_that_cannot_be_patched_is_refused_before_anything_is_written(study, prompts, tmp_path):
+    model = LanguageModel(build("mixtral"), tiny_tokenizer(CHAT_TEMPLATE))
+    neurons = NeuronSet({"layers.0.experts.1.down": [0, 1], "layers.0.o": [3]}, model.table)
+    with pytest.raises(UnsupportedModelError, match="leave out the 1 expert keys"):
+        refused_by(study, model, neurons, prompts, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_scaling_that_fails_is_refused_before_anything_is_written(pair, prompts, tmp_path, monkeypatch):
+    def unread(*_, **__):
+        raise UnsupportedModelError("this guard reads nothing")
+
+    monkeypatch.setattr("safety_neurons.studies.scaling.scaled", unread)
+    neurons = NeuronSet({"layers.0.down": [1]}, pair.base.table)
+    with pytest.raises(UnsupportedModelError, match="reads nothing"):
+        verify_scale(pair.base, neurons, *prompts, completions_file=tmp_path / "completions.jsonl")
+    assert not list(tmp_path.iterdir())

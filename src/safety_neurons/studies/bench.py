@@ -78,6 +78,15 @@ class Arm:
     treatment: Treatment = contextlib.nullcontext
 
 
+def try_out(model: Any, *treatments: Treatment) -> None:
+    """Lets a model write two tokens under each treatment, which are not kept: what a treatment cannot take is
+    refused before answers are written.
+    """
+    for treatment in treatments:
+        with treatment():
+            model.complete(["?"], max_new_tokens=2)
+
+
 # Answers
 
 

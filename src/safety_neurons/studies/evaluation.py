@@ -62,6 +62,7 @@ from safety_neurons.studies.bench import (
     Writing,
     content_of,
     hold,
+    try_out,
 )
 from safety_neurons.studies.lengths import answer_length, beginnings, curve_lengths
 from safety_neurons.studies.scoring import (
@@ -442,6 +443,8 @@ def evaluate(
         (one, judge_of(one, **(how.judge_options or {}))) if isinstance(one, str) else (one.name, one)
         for one in judges
     ]
+    if act is not None:
+        try_out(model, act)
     folder = None if how.out is None else pathlib.Path(how.out)
     hold(folder, facts_of(model, how, tasks, settings))
     bench = EvaluationBench(

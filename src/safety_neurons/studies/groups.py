@@ -26,7 +26,7 @@ from safety_neurons.results import Difference, Effect, Rate, holm, paired_differ
 from safety_neurons.results.estimates import GroupLabels
 from safety_neurons.results.records import DifferenceRecord, Recorded, called
 from safety_neurons.strict_json import JsonObject
-from safety_neurons.studies.bench import UNTREATED, Arm, Bench, How, Progress, Treat, Verdicts, contrast
+from safety_neurons.studies.bench import UNTREATED, Arm, Bench, How, Progress, Treat, Verdicts, contrast, try_out
 from safety_neurons.studies.comparison import Place, Searches, whole_units
 from safety_neurons.studies.lasting import solved
 from safety_neurons.studies.lengths import answer_length
@@ -458,6 +458,9 @@ def transfer(
     refusals by a named judge instead of a cost model.
     """
     groups = Groups({name: as_prompts(asked) for name, asked in harmful.items()})
+    if empty := [name for name, neurons in sets.items() if not len(neurons)]:
+        raise NeuronError(f"the set {empty[0]!r} is empty; expected at least one neuron")
+    try_out(base, *(functools.partial(patched, base, aligned, neurons) for neurons in sets.values()))
     bench = Bench.of({"base": base, "aligned": aligned, "sets": sets}, groups.pooled, harmless, **how)
     if answers is not None:
         bench.task = as_prompts(answers)

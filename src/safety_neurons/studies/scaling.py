@@ -21,7 +21,7 @@ from safety_neurons.prompt_lists.readers import Source
 from safety_neurons.results import Difference, Rate, holm, paired_difference, rate
 from safety_neurons.results.measured import DoseRecord, ScalingRecord
 from safety_neurons.results.records import Recorded, called
-from safety_neurons.studies.bench import UNTREATED, Arm, ArmOutcome, Bench, How, contrast
+from safety_neurons.studies.bench import UNTREATED, Arm, ArmOutcome, Bench, How, contrast, try_out
 from safety_neurons.studies.verification import found_on
 
 FACTORS = (0.0, 0.5, 1.0, 2.0, 4.0)
@@ -110,6 +110,7 @@ def verify_scale(
     if not asked or len(set(asked)) < len(asked):
         raise UsageError(f"factors {list(factors)}; expected at least one, none twice")
     neurons, guard = neurons.on(model.table), None if when is None else when.bind(model)
+    try_out(model, functools.partial(scaled, model, neurons, asked[-1], when=guard))
     facts = {"model": model, "neurons": neurons, "when": when}
     bench = Bench.of(facts, harmful, harmless, text, **how)
     untreated = bench.measure(Arm(UNTREATED, model))

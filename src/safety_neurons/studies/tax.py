@@ -37,7 +37,7 @@ from safety_neurons.prompt_lists.readers import Source
 from safety_neurons.results import Completions, holm_in, rate
 from safety_neurons.results.estimates import clusters_of
 from safety_neurons.strict_json import JsonObject
-from safety_neurons.studies.bench import Arm, Bench, How, Judging, Progress, Verdicts, contrast
+from safety_neurons.studies.bench import Arm, Bench, How, Judging, Progress, Verdicts, contrast, try_out
 
 GROUPS = 20
 """Groups of prompts that the intervals draw anew."""
@@ -385,8 +385,9 @@ def cross_patch(
             "the two trainings share no neuron in their top sets, so that there is nothing to patch; "
             "take a larger --top"
         )
-    bench = Bench.of({"models": models, "neurons": neurons}, harmful, harmless, **how)
     first, second = models
+    try_out(models[first], functools.partial(patched, models[first], models[second], neurons))
+    bench = Bench.of({"models": models, "neurons": neurons}, harmful, harmless, **how)
     controls = (
         neurons.random_like(bench.seed, table=models[first].table, n=bench.random) if bench.random else []
     )

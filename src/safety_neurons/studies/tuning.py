@@ -24,10 +24,11 @@ from safety_neurons.results import Checkpoint, Completion, Completions, Differen
 from safety_neurons.results.records import Recorded
 from safety_neurons.strict_json import JsonObject
 from safety_neurons.studies.bench import UNTREATED, Arm, ArmOutcome, Bench
-from safety_neurons.tuning import Status, StopCheck, Tuned, beside, tuning_examples
+from safety_neurons.tuning import Status, StopCheck, Tuned, attach, beside, tuning_examples
 from safety_neurons.tuning import tune as train
 from safety_neurons.tuning.data import split, with_own_answers
 from safety_neurons.tuning.settings import Anchored, BeforeAndAfter, TuningSettings
+from safety_neurons.tuning.train import to_train
 
 LEAST_GAIN = 0.05
 """Share of the harmful requests by which refusals (or, in studies, answers that do not go along) have to
@@ -180,6 +181,8 @@ def tune(
     chosen, notes = TuningSettings.of(**settings), list[str]()
     measured.check()
     chosen.check()
+    with attach(model, to_train(model, neurons, protect)):
+        pass  # What cannot be trained is refused before the model answers.
     data, others = _data(model, dataset, harmless, chosen)
     text = None if general is None else model.prompts(general)
     bench = Bench(

@@ -51,6 +51,7 @@ from safety_neurons.studies.bench import (
     Treat,
     Verdicts,
     contrast,
+    try_out,
 )
 from safety_neurons.studies.losses import Loss, lost
 from safety_neurons.studies.vocabulary import Neuron, strongest
@@ -226,9 +227,10 @@ def verify_deactivate(
     if experts:
         for _, members in sets:
             whole_experts(members, model.table)
+    treat = functools.partial(_off_at_router if experts else _off, model)
+    try_out(model, treat(sets[-1][1]))
     given = {"model": model, "neurons": neurons, **({"experts": True} if experts else {})}
     bench = Bench.of(given, harmful, harmless, **how)
-    treat = functools.partial(_off_at_router if experts else _off, model)
     return _verify(
         SubjectModels("deactivate", bench, model, treat), sets, random_experts if experts else _random_units
     )
@@ -271,13 +273,14 @@ def verify_patch(
     sets are disjoint from the set where possible; a paired interval; the ceiling (all neurons of the sites)
     beside it; undefined where the models do not differ.
     """
-    sizes = how.pop("sizes", ())
-    given = {"base": base, "aligned": aligned, "neurons": neurons}
-    bench = Bench.of(given, harmful, harmless, **how)
-    subject = SubjectModels(
-        "patch", bench, base, lambda members: functools.partial(patched, base, aligned, members), aligned
-    )
-    return _verify(subject, _sets(neurons, sizes, base))
+    sets = _sets(neurons, how.pop("sizes", ()), base)
+
+    def treat(members: NeuronSet) -> functools.partial[Any]:
+        return functools.partial(patched, base, aligned, members)
+
+    try_out(base, treat(sets[-1][1]))
+    bench = Bench.of({"base": base, "aligned": aligned, "neurons": neurons}, harmful, harmless, **how)
+    return _verify(SubjectModels("patch", bench, base, treat, aligned), sets)
 
 
 @dataclasses.dataclass(frozen=True)

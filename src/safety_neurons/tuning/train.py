@@ -564,7 +564,7 @@ def tune(
     general = settings.pop("general", Anchored().general)
     chosen = TuningSettings.of(**settings)
     chosen.check()
-    placed = _trained(model, neurons, protect)
+    placed = to_train(model, neurons, protect)
     data, others = (
         model.prompts(dataset),
         None if harmless is None or not chosen.mix else model.prompts(harmless),
@@ -613,8 +613,12 @@ def _tuned(loop: Loop, delta: Delta, rates: Mapping[str, float], stopped: str, f
     )
 
 
-def _trained(model: LanguageModel, neurons: NeuronSet, protect: NeuronSet | None) -> NeuronSet:
-    """The set on this model, without what is protected."""
+def to_train(model: LanguageModel, neurons: NeuronSet, protect: NeuronSet | None) -> NeuronSet:
+    """The set on this model, without what is protected.
+
+    Raises:
+        NeuronError: the set is empty, or nothing of it is left.
+    """
     placed = neurons.on(model.table, [model.name])
     if not len(placed):
         raise NeuronError(
