@@ -117,6 +117,12 @@ def test_a_dense_model_is_refused_in_one_line():
         find_routing(model(0), HARMFUL, harmless=HARMLESS)
 
 
+def test_experts_that_the_anatomy_refuses_are_said_to_be_there():
+    hybrid = LanguageModel(build("nemotron_h"), tiny_tokenizer(), template="none")
+    with pytest.raises(UnsupportedModelError, match=r"experts are there, .* layers\.3\.experts\.0\.up: "):
+        find_routing(hybrid, HARMFUL, harmless=HARMLESS)
+
+
 def test_a_prompt_that_gives_nan_is_left_out_and_said():
     lm, mark = mixture("mixtral"), 50
 

@@ -553,3 +553,54 @@ def test_a_model_whose_weights_are_off_loaded_is_refused_in_one_line(base):
 def test_a_model_placed_on_a_disk_is_refused_in_one_line(base, tmp_path):
     with pytest.raises(ModelError, match="off-loaded"):
         load(base, device_map={"model": "disk", "lm_head": "cpu"}, offload_folder=str(tmp_path / "off"))
+
+
+@pytest.mark.parametrize("part", ["lm_head", "model.embed_tokens"])
+def test_an_off_loaded_part_whose_weight_is_tied_to_one_in_memory_is_refused_in_one_line(tmp_path, part):
+    folder = tiny_llama_folder(tmp_path / "model", tie_word_embeddings=True)
+    names = ("model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb", "lm_head")
+    placed = {name: "disk" if name == part else "cpu" for name in names}
+    with pytest.raises(ModelError, match="off-loaded") as error:
+        load(folder, device_map=placed, offload_folder=str(tmp_path / "off"))
+    assert _one_line(error)
+
+
+_SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 96,
+    "pad_token_id": 0,
+}
+_OF_TEXT_AND_MORE = {
+    "Llama4": {
+        "text_config": {**_SIZES, "head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2},
+        "vision_config": {
+            **{"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2},
+            **{"image_size": 16, "patch_size": 8, "vision_output_dim": 16, "projector_input_dim": 16},
+            "projector_output_dim": 16,
+        },
+        "image_token_index": 95,
+    },
+    "Mllama": {
+        "text_config": {**_SIZES, "cross_attention_layers": [1], "rope_parameters": {"rope_type": "default"}},
+        "vision_config": {
+            **{"hidden_size": 16, "num_hidden_layers": 1, "num_global_layers": 1, "attention_heads": 2},
+            **{"intermediate_size": 24, "vision_output_dim": 32, "image_size": 16, "patch_size": 8},
+            **{"intermediate_layers_indices": [0], "supported_aspect_ratios": [[1, 1]]},
+        },
+        "image_token_index": 95,
+    },
+}
+
+
+@pytest.mark.parametrize("name", _OF_TEXT_AND_MORE)
+def test_a_checkpoint_of_which_transformers_reads_the_text_alone_is_said_not_to_be_supported(name, tmp_path):
+    config = getattr(transformers, f"{name}Config")(**_OF_TEXT_AND_MORE[name])
+    getattr(transformers, f"{name}ForConditionalGeneration")(config).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"weights of its other parts .* are not supported") as error:
+        load(tmp_path)
+    assert _one_line(error)

@@ -494,6 +494,10 @@ def find(
     if method.PAIR:
         check_pair(*models)
     if reason := method.unfit(models[0].table.keys):
+        refused = models[0].anatomy.refused.items()
+        unknown = next((f"{key}: {why}" for key, why in refused if ".experts." in key), None)
+        if unknown and getattr(method, "PART", None) == "expert":
+            reason = f"the routed experts are there, and their neurons cannot be told: {unknown}"
         raise UnsupportedModelError(reason)
     requests = as_prompts(prompts) if method.PROMPTS and prompts is not None else Prompts([])
     shown: Any = {name: None if text is None else as_prompts(text) for name, text in others.items()}

@@ -202,7 +202,7 @@ def _check_sites(sites: object) -> None:
             )
 
 
-def _experts_advice() -> str:
+def _experts_advice(layer: nn.Module) -> str:
     import transformers
 
     if int(transformers.__version__.split(".")[0]) < 5:
@@ -210,6 +210,8 @@ def _experts_advice() -> str:
             f"this is transformers {transformers.__version__}: use transformers 5 or later for "
             "mixture-of-experts models"
         )
+    if type(layer).__module__.startswith("transformers."):
+        return f"{type(layer).__name__} keeps them so and is not supported; use another model"
     return (
         "the model's own code keeps them so: load it without --trust-remote-code where transformers has "
         "the architecture, or use another"
@@ -354,7 +356,7 @@ class _LayerBuilder:
                 raise UnsupportedModelError(
                     f"layers.{self.number}.experts: {len(module)} experts as a list of modules were found "
                     f"({name}), three-dimensional parameters behind the experts interface were expected; "
-                    f"{_experts_advice()}"
+                    f"{_experts_advice(self.layer)}"
                 )
         three = [
             name
@@ -365,7 +367,7 @@ class _LayerBuilder:
         if three and not _experts_of(self.layer):
             raise UnsupportedModelError(
                 f"layers.{self.number}.experts: three-dimensional experts without the experts interface "
-                f"were found ({three[0]}); {_experts_advice()}"
+                f"were found ({three[0]}); {_experts_advice(self.layer)}"
             )
 
     def _groups(

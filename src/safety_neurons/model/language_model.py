@@ -524,7 +524,12 @@ def require_weights(model: nn.Module) -> None:
     Raises:
         UnsupportedModelError: The message names the first such weight.
     """
-    names = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    names = [name for name, parameter in model.named_parameters() if parameter.is_meta] or [
+        name
+        for name, module in model.named_modules()
+        if any(getattr(hook, "offload", False) for hook in _placed_by(module))
+        and next(module.parameters(), None) is not None
+    ]
     if names:
         count = sum(1 for _ in model.parameters())
         raise UnsupportedModelError(
@@ -532,6 +537,14 @@ def require_weights(model: nn.Module) -> None:
             "memory; load the model without cpu_offload or a --device-map that off-loads, with a larger "
             "--max-memory, --dtype bfloat16 or --quantize 4bit if it does not fit"
         )
+
+
+def _placed_by(module: nn.Module) -> Sequence[Any]:
+    """The hooks by which accelerate fetches the weights of a module: a tied one may be off-loaded in one
+    place and in memory in another.
+    """
+    hook = getattr(module, "_hf_hook", None)
+    return getattr(hook, "hooks", (hook,))
 
 
 def generate(

@@ -446,7 +446,7 @@ def _base(
     except ModelError:
         raise
     except Exception as error:  # a checkpoint's own code, or any of several libraries
-        if re.search("off-?load", str(error)):
+        if re.search("off-?load|meta device", str(error)):
             raise ModelError(
                 f"{folder}: does not fit the memory it may take, and off-loaded weights are not read here; "
                 "expected room for all of them: a larger --max-memory, --dtype bfloat16, or --quantize 4bit"
@@ -457,7 +457,9 @@ def _base(
     model, info = loaded
     if model.dtype is torch.float64 and _experts_of(model) == "grouped_mm":
         model.set_experts_implementation("batched_mm")  # the grouped product takes no float64
-    notes += _check_read(folder, info, weights, "" if causal else getattr(model, "base_model_prefix", ""))
+    part = model if causal and model.config.model_type != config.get("model_type") else None
+    prefix = "" if causal else getattr(model, "base_model_prefix", "")
+    notes += _check_read(folder, info, weights, prefix, part)
     notes += _ambiguous(folder, model if causal else None)
     if placement.device is not None:
         try:
@@ -555,7 +557,9 @@ _HARMLESS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|masked_bias|position_ids|em
 _VALUE_HEAD = re.compile(r"^v_head\.")
 
 
-def _check_read(folder: Path, info: Mapping[str, Any], weights: Weights, prefix: str) -> list[str]:
+def _check_read(
+    folder: Path, info: Mapping[str, Any], weights: Weights, prefix: str, part: Any | None
+) -> list[str]:
     """Refuses weights that are missing, of another shape, or in the files and not in the model.
 
     What is harmless there is a note.
@@ -566,6 +570,7 @@ def _check_read(folder: Path, info: Mapping[str, Any], weights: Weights, prefix:
         weights: The tensors of the files.
         prefix: Of models that are no language models: where the decoder's weights begin; heads for other uses
             lie outside it.
+        part: The model, where it is a part of what config.json describes.
 
     Raises:
         MismatchError: Another shape. ModelError: Missing or unread ones; the message names the first.
@@ -590,6 +595,12 @@ def _check_read(folder: Path, info: Mapping[str, Any], weights: Weights, prefix:
     lost = [key for key in unread if key not in heads]
     if lost:
         adapter = any("lora_" in key or "ia3_" in key for key in lost)
+        if part is not None and not adapter:
+            raise ModelError(
+                f"{folder}: {type(part).__name__} reads the text decoder of this checkpoint of text and more, "
+                f"and {len(lost)} weights of its other parts are not in it ({lost[0]}); such checkpoints are "
+                "not supported: use one of the text decoder alone, or another model"
+            )
         advice = (
             "they are an adapter's: merge it, or keep it in a folder of its own and write MODEL+ADAPTER"
             if adapter

@@ -26,7 +26,17 @@ from safety_neurons.results import Difference, Effect, Rate, holm, paired_differ
 from safety_neurons.results.estimates import GroupLabels
 from safety_neurons.results.records import DifferenceRecord, Recorded, called
 from safety_neurons.strict_json import JsonObject
-from safety_neurons.studies.bench import UNTREATED, Arm, Bench, How, Progress, Treat, Verdicts, contrast, try_out
+from safety_neurons.studies.bench import (
+    UNTREATED,
+    Arm,
+    Bench,
+    How,
+    Progress,
+    Treat,
+    Verdicts,
+    contrast,
+    try_out,
+)
 from safety_neurons.studies.comparison import Place, Searches, whole_units
 from safety_neurons.studies.lasting import solved
 from safety_neurons.studies.lengths import answer_length
