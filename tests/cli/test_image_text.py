@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from running import done
+from running import done, record
 
 from families import redraw, sibling
 from safety_neurons.detectors import find_relp
+from safety_neurons.errors import UnsupportedModelError
 from safety_neurons.interventions import patched
 from safety_neurons.model import LanguageModel, load
 from safety_neurons.neurons import NeuronSet
@@ -83,9 +84,8 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(scope="module", params=list(CONFIGS))
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    name, fields = CONFIGS[request.param]
+def checkpoint(name: str, fields: dict[str, Any], saved: pathlib.Path) -> pathlib.Path:
+    """A random checkpoint of images and text, with a tokenizer."""
     if not hasattr(transformers, f"{name}Config"):
         pytest.skip("transformers 4 cannot make this model")
     with torch.random.fork_rng(devices=[]):
@@ -93,10 +93,14 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
             getattr(transformers, f"{name}Config")(**fields)
         )
     redraw(model)
-    saved = tmp_path_factory.mktemp("checkpoint") / request.param
     model.save_pretrained(saved)
     tiny_tokenizer(CHAT_TEMPLATE).save_pretrained(saved)
     return saved
+
+
+@pytest.fixture(scope="module", params=list(CONFIGS))
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return checkpoint(*CONFIGS[request.param], tmp_path_factory.mktemp("checkpoint") / request.param)
 
 
 def test_every_verb_takes_the_text_decoder(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
@@ -126,6 +130,45 @@ def test_every_verb_takes_the_text_decoder(folder: pathlib.Path, tmp_path: pathl
     tuned = done("tune", *one, *trained, *short, "--no-check", "--out", tmp_path / "tuned")
     assert tuned["steps"] == 2
     assert load(f"{folder}+{tuned['adapter']}").anatomy.coverage().complete
+
+
+def test_a_merged_model_of_the_text_alone_is_said_to_lack_the_other_parts(tmp_path: pathlib.Path) -> None:
+    text = {**SIZES, "head_dim": 8, "layer_types": ["linear_attention", "full_attention"]}
+    text |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
+    text |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "rope_parameters": _TURNING}
+    image = {**_QWEN_IMAGE, "patch_size": 8, "num_position_embeddings": 16}
+    fields = {"text_config": text, "vision_config": image, **_TOKENS}
+    folder = checkpoint("Qwen3_5", fields, tmp_path / "qwen")
+    NeuronSet({"layers.1.down": [1]}, load(folder).table).save(tmp_path / "neurons.safetensors")
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"prompt": "how do i kill", "response": "sorry i cannot help"}) + "\n")
+    words = ("--model", folder, "--neurons", tmp_path / "neurons.safetensors", "--data", data)
+    few = ("--harmless", data, "--max-steps", 1, "--no-check", "--max-new-tokens", 2, "--text", "none")
+    tests = ("--test-harmful", data, "--test-harmless", data)
+    done("tune", *words, *few, *tests, "--merge", "--out", tmp_path / "tuned")
+    said = [
+        note
+        for note in record(tmp_path / "tuned")["notes"]
+        if note.startswith("merged holds the text decoder alone")
+    ]
+    assert len(said) == 1
+    assert "are not in it" in said[0]
+
+
+def test_a_prefix_language_model_is_refused_in_one_line(tmp_path: pathlib.Path) -> None:
+    text = {**SIZES, "head_dim": 16, "num_key_value_heads": 1, "model_type": "gemma"}
+    image = {**_IMAGE, "model_type": "siglip_vision_model"}
+    fields = {"text_config": text, "vision_config": image, "projection_dim": 32, "image_token_index": 95}
+    folder = checkpoint("PaliGemma", fields, tmp_path / "model")
+    with pytest.raises(UnsupportedModelError, match=r"^attention goes both ways .* use another model$"):
+        load(folder)
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.GemmaConfig(**{**text, "use_bidirectional_attention": True})
+    )
+    redraw(model)
+    model.config.use_bidirectional_attention = None  # as of code whose configuration does not say
+    with pytest.raises(UnsupportedModelError, match="attention goes both ways"):
+        _ = LanguageModel(model, tiny_tokenizer()).anatomy
 
 
 def next_token(base: LanguageModel, donor: LanguageModel, down: Iterable[str], ids: list[int]) -> int:

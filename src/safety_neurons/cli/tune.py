@@ -257,7 +257,7 @@ def keep_model(session: Session, model: Any, name: str) -> None:
     """A whole model with its tokenizer, as safetensors."""
     from safety_neurons.tuning.artefacts import save_checkpoint
 
-    save_checkpoint(session.folder.folder.absolute() / name, model)
+    session.notes.extend(save_checkpoint(session.folder.folder.absolute() / name, model))
     session.own(name)
 
 
@@ -314,7 +314,7 @@ def saved(session: Session, model: Any, done: Any) -> dict[str, str]:
         with whole_folder(target) as partial:
             model.model.save_pretrained(str(partial), selected_adapters=active, save_embedding_layers=False)
     else:
-        save_checkpoint(target, model)
+        session.notes.extend(save_checkpoint(target, model))
     session.own(name)
     return {name: str(target)}
 

@@ -31,7 +31,7 @@ from safety_neurons.model.decoding import (
     seeded,
 )
 from safety_neurons.model.hooks import evaluating
-from safety_neurons.model.proof import prove, same
+from safety_neurons.model.proof import BOTH_WAYS, prove, same
 from safety_neurons.model.sites import Anatomy, unwrapped
 from safety_neurons.model.template import Prompting, encode_text, require_tokenizer, template_for, untouched
 from safety_neurons.neurons import SiteTable
@@ -102,6 +102,11 @@ class LanguageModel:
                 "holds them"
             )
         require_weights(model)
+        if getattr(unwrapped(model).config.get_text_config(), "use_bidirectional_attention", None) in (
+            True,
+            "all",
+        ):
+            raise UnsupportedModelError(BOTH_WAYS)
         self.model: Any = model
         self.tokenizer = tokenizer
         rendering: dict[str, Any] = {**prompting}

@@ -597,9 +597,9 @@ def _check_read(
         adapter = any("lora_" in key or "ia3_" in key for key in lost)
         if part is not None and not adapter:
             raise ModelError(
-                f"{folder}: {type(part).__name__} reads the text decoder of this checkpoint of text and more, "
-                f"and {len(lost)} weights of its other parts are not in it ({lost[0]}); such checkpoints are "
-                "not supported: use one of the text decoder alone, or another model"
+                f"{folder}: {type(part).__name__} reads the text decoder of this checkpoint of text and "
+                f"more, and {len(lost)} weights of its other parts are not in it ({lost[0]}); such "
+                "checkpoints are not supported: use one of the text decoder alone, or another model"
             )
         advice = (
             "they are an adapter's: merge it, or keep it in a folder of its own and write MODEL+ADAPTER"

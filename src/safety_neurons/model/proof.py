@@ -61,6 +61,12 @@ SAY_SITES = (
 )
 """What to do about a site whose place cannot be told."""
 
+BOTH_WAYS = (
+    "attention goes both ways over the whole text (a prefix language model, such as PaliGemma), and a causal "
+    "language model, in which no token sees a later one, was expected; use another model"
+)
+"""Why perplexities, padded batches and importances of such a model would be wrong."""
+
 TOKENS = 6
 """Tokens of a probe row."""
 
@@ -403,13 +409,14 @@ def prove(anatomy: Anatomy) -> Anatomy:
         anatomy: what `resolve` found.
 
     Raises:
-        UnsupportedModelError: a site that never came by, weights that do not give what the projection puts
-            out, a layout chosen by the caller that fails, experts whose rows cannot be told, a site without
-            effect. The message names layer and site.
+        UnsupportedModelError: a token that reaches an earlier one, a site that never came by, weights that
+            do not give what the projection puts out, a layout chosen by the caller that fails, experts whose
+            rows cannot be told, a site without effect. The message names layer and site.
         NumericalError: the model puts out NaN or infinity.
     """
     with torch.no_grad(), evaluating(anatomy.model):
         probe = Probe(anatomy.model)
+        _check_order(probe)
         anatomy = settle_attention(anatomy, probe)
         anatomy = _settle_feed_forward(anatomy, probe)
         _check_projections(anatomy, probe)
@@ -417,6 +424,15 @@ def prove(anatomy: Anatomy) -> Anatomy:
         probe.step(anatomy, _all_keys(anatomy))
         _check_effects(anatomy, probe)
     return anatomy
+
+
+def _check_order(probe: Probe) -> None:
+    """Of two texts that begin with one token the logits there are the same."""
+    ids = probe.ids.clone()
+    ids[1, 0] = ids[0, 0]
+    logits = probe.run(ids)
+    if not same(logits[1, 0], logits[0, 0]):
+        raise UnsupportedModelError(BOTH_WAYS)
 
 
 # Feed-forward parts

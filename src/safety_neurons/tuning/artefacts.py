@@ -441,7 +441,7 @@ def export_lora(
     if is_adapted(model.model):
         plain = merged_base(model)
         base = str((target / "base").resolve())
-        save_checkpoint(target / "base", plain)
+        notes += save_checkpoint(target / "base", plain)
         notes.append(f"the model's adapters were merged into its weights first; the LoRA belongs to {base}")
     ranks = {name: down.shape[0] for name, (down, _) in factors.items()}
     rank = max(ranks.values())
@@ -501,7 +501,7 @@ def export_merged(
         f"{str(dtype or model.dtype).removeprefix('torch.')}"
     )
     with applied(model, delta, any_base=any_base):
-        save_checkpoint(Path(folder), model, dtype)
+        notes += save_checkpoint(Path(folder), model, dtype)
     return Exported(Path(folder), "", 0, survived, notes)
 
 
@@ -605,7 +605,7 @@ def _config(
     return {**settings, "target_modules": sorted(ranks)}
 
 
-def save_checkpoint(folder: Path, model: LanguageModel, dtype: torch.dtype | None = None) -> None:
+def save_checkpoint(folder: Path, model: LanguageModel, dtype: torch.dtype | None = None) -> list[str]:
     """Writes a whole model as an ordinary checkpoint, with its tokenizer and whatever else the folder it came
     from holds.
 
@@ -613,6 +613,10 @@ def save_checkpoint(folder: Path, model: LanguageModel, dtype: torch.dtype | Non
         folder: to write; it appears whole, what was there before is replaced at the end.
         model: without adapters and attached deltas.
         dtype: of the saved weights; None for the model's own.
+
+    Returns:
+        A note where the checkpoint that the model came from has parts that are not in memory, and so not in
+        the new one.
 
     Raises:
         UsageError: adapters or attached deltas. RunError: the folder cannot be written.
@@ -639,6 +643,16 @@ def save_checkpoint(folder: Path, model: LanguageModel, dtype: torch.dtype | Non
         if model.tokenizer is not None:
             model.tokenizer.save_pretrained(partial)
         copy_companions(model, partial)
+    source = None if model.folder is None else Path(model.folder) / "config.json"
+    if source is None or not source.is_file():
+        return []
+    described = read_json(source, constants=True).get("model_type")
+    if described == model.inner.config.model_type:
+        return []
+    return [
+        f"{folder.name} holds the text decoder alone ({type(model.inner).__name__}): the other parts of the "
+        f"{described} checkpoint it came from were not read, and are not in it"
+    ]
 
 
 @contextlib.contextmanager
