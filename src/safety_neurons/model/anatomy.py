@@ -202,7 +202,7 @@ def _check_sites(sites: object) -> None:
             )
 
 
-def _experts_advice(layer: nn.Module) -> str:
+def _experts_advice(holder: nn.Module) -> str:
     import transformers
 
     if int(transformers.__version__.split(".")[0]) < 5:
@@ -210,8 +210,8 @@ def _experts_advice(layer: nn.Module) -> str:
             f"this is transformers {transformers.__version__}: use transformers 5 or later for "
             "mixture-of-experts models"
         )
-    if type(layer).__module__.startswith("transformers."):
-        return f"{type(layer).__name__} keeps them so and is not supported; use another model"
+    if type(holder).__module__.startswith("transformers."):
+        return f"{type(holder).__name__} keeps them so and is not supported; use another model"
     return (
         "the model's own code keeps them so: load it without --trust-remote-code where transformers has "
         "the architecture, or use another"
@@ -356,7 +356,7 @@ class _LayerBuilder:
                 raise UnsupportedModelError(
                     f"layers.{self.number}.experts: {len(module)} experts as a list of modules were found "
                     f"({name}), three-dimensional parameters behind the experts interface were expected; "
-                    f"{_experts_advice(self.layer)}"
+                    f"{_experts_advice(self.layer.get_submodule(name.rpartition('.')[0]))}"
                 )
         three = [
             name
@@ -367,7 +367,7 @@ class _LayerBuilder:
         if three and not _experts_of(self.layer):
             raise UnsupportedModelError(
                 f"layers.{self.number}.experts: three-dimensional experts without the experts interface "
-                f"were found ({three[0]}); {_experts_advice(self.layer)}"
+                f"were found ({three[0]}); {_experts_advice(self.layer.get_submodule(three[0]))}"
             )
 
     def _groups(
