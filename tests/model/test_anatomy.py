@@ -454,7 +454,7 @@ def test_the_proof_takes_few_passes_whatever_the_number_of_layers() -> None:
         prove(resolve(model))
         handle.remove()
         counts.append(len(passes))
-    assert counts[0] == counts[1] <= 7  # two of them a prefill and a decoding step
+    assert counts[0] == counts[1] <= 8  # two of them a prefill and a decoding step
 
 
 def test_global_random_state_is_left_alone() -> None:

@@ -513,12 +513,13 @@ def _probe_keys(outline: Outline) -> int:
 
 def _probe_tokens(outline: Outline) -> int:
     """Tokens of the passes that prove the anatomy, the first guess of every layout being right: two rows for
-    attention (of one token), feed-forward parts, projections, experts and a decoding step; three rows a layer
-    beside one for queries in a fused projection; and one row a site without it, two rows beside every 64.
+    the order of tokens, attention (of one token), feed-forward parts, projections, experts and a decoding
+    step; three rows a layer beside one for queries in a fused projection; and one row a site without it, two
+    rows beside every 64.
     """
     keys, layers = _probe_keys(outline), outline.anatomy.layers
     fused = sum(part.layout is not None or part.gate is not None for part in _attentions(outline))
-    whole = 3 + any(layer.experts is not None for layer in layers)
+    whole = 4 + any(layer.experts is not None for layer in layers)
     rows = 2 * whole + (1 + 3 * fused if fused else 0) + keys + 2 * math.ceil(keys / ROWS_AT_ONCE)
     return 2 * any(_attentions(outline)) + TOKENS * rows
 

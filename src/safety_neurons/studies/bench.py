@@ -21,8 +21,9 @@ from safety_neurons.judges import judge as judge_of
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.batches import BatchSize
 from safety_neurons.model.chat_server import Endpoint
+from safety_neurons.model.decoding import Decoding
 from safety_neurons.model.identity import identity, json_sha256
-from safety_neurons.model.language_model import LEFT_OUT
+from safety_neurons.model.language_model import LEFT_OUT, generate
 from safety_neurons.neurons import NeuronSet, Scores
 from safety_neurons.prompt_lists import Prompt, Prompts, as_prompts
 from safety_neurons.prompt_lists.readers import Source
@@ -84,7 +85,7 @@ def try_out(model: Any, *treatments: Treatment) -> None:
     """
     for treatment in treatments:
         with treatment():
-            model.complete(["?"], max_new_tokens=2)
+            generate(model, [row.ids for row in model.encode(["?"])], Decoding(max_new_tokens=2))
 
 
 # Answers
