@@ -2,6 +2,7 @@
 up.
 """
 
+import functools
 import types
 
 import numpy as np
@@ -324,13 +325,19 @@ def test_what_cannot_be_compared_is_refused(pair, prompts):
             compare(pair.base, pair.aligned, *prompts, find_prompts=prompts[0], **options)
 
 
-def test_every_method_that_fits_a_pair_of_mixtures_is_compared_and_others_are_left_out_with_a_reason():
-    """All of `down` is routed experts', which are deactivated and never patched."""
-    base, words = build("mixtral"), tiny_tokenizer(CHAT_TEMPLATE)
+def of_two(family):
+    """The comparison of two models of a family, with all that methods look at."""
+    base, words = build(family), tiny_tokenizer(CHAT_TEMPLATE)
     models = [LanguageModel(model, words) for model in (base, sibling(base))]
     asked = [Prompts.from_list(texts[:2]) for texts in (HARMFUL, HARMLESS)]
     looked_at = {"find_prompts": asked[0], "find_harmless": asked[1], "find_general": asked[1]}
-    found = compare(*models, *asked, **looked_at, top=0.1, random=1, **OPTIONS)
+    return functools.partial(compare, *models, *asked, **looked_at, **OPTIONS)
+
+
+def test_every_method_that_fits_a_pair_of_mixtures_is_compared_and_others_are_left_out_with_a_reason():
+    """All of `down` is routed experts', which are deactivated and never patched."""
+    compared = of_two("mixtral")
+    found = compared(top=0.1, random=1)
     names = [row.method for row in found.methods]
     left_out = [note.split()[0] for note in found.bench.notes if "was left out" in note]
     dense = {"importance-contrast", "swap-attribution", "relp", "snip", "wanda", "probe", "refusal-direction"}
@@ -342,22 +349,19 @@ def test_every_method_that_fits_a_pair_of_mixtures_is_compared_and_others_are_le
     assert found.ceiling_effect.why == comparison.UNPATCHED
     found.record()
     with pytest.raises(UnsupportedModelError, match="probe"):
-        compare(*models, *asked, **looked_at, methods=["probe"], random=0, **OPTIONS)
+        compared(methods=["probe"], random=0)
 
 
 def test_a_method_that_only_finds_out_at_work_that_it_does_not_fit_is_left_out_of_a_pair_of_hybrids():
     """Relevance has no rule for the convolution of one layer, which every other method passes by."""
-    base, words = build("lfm2"), tiny_tokenizer(CHAT_TEMPLATE)
-    models = [LanguageModel(model, words) for model in (base, sibling(base))]
-    asked = [Prompts.from_list(texts[:2]) for texts in (HARMFUL, HARMLESS)]
-    looked_at = {"find_prompts": asked[0], "find_harmless": asked[1], "find_general": asked[1]}
-    found = compare(*models, *asked, **looked_at, top=0.1, random=1, **OPTIONS)
+    compared = of_two("lfm2")
+    found = compared(top=0.1, random=1)
     left_out = {note.split()[0] for note in found.bench.notes if "was left out" in note}
     assert left_out == {"heads", "routing", "relp"}
     names = [row.method for row in found.methods]
     assert sorted([*left_out, *names]) == sorted([*comparison.METHODS, "random 0"])
     with pytest.raises(UnsupportedModelError, match="relp has rules"):
-        compare(*models, *asked, **looked_at, methods=["relp"], random=0, **OPTIONS)
+        compared(methods=["relp"], random=0)
 
 
 def test_what_searches_say_is_among_the_notes_also_of_a_run_that_goes_on(pair, prompts, tmp_path):
