@@ -10,8 +10,10 @@ FOLDER of `--data` holds `advbench/harmful_behaviors.csv`, `harmbench/harmbench_
 shapes; none of them is learnt or looked at while training. Without it the model is asked its own built-in
 lists alone (organisms). Every arm's row is written when it is there; the same call goes on after a kill, and
 a call of other requests, answers or training needs a folder of its own, since rows of a folder are paired.
-Rates of LoRA and of all weights begin where they are usually set (2e-4, 1e-5), or as given, and are
-adapted by the same trust region.
+Rates of LoRA and of all weights begin where they are usually set (2e-4, 1e-5), those of neurons where the
+recipe sets them, or as given, and are adapted by the same trust region. Every arm is to be given several
+rates, a folder each, and the one whose kept state is sound and refuses most of the check's harmful prompts
+(`checked` of its row) is the arm's; what it is asked then decides nothing.
 
 `--ablate` tunes the neurons by the whole recipe and with one part of it left out at a time (`LEFT_OUT`), at
 other lengths (`steps-N`) and as many random ones. `summary.json` has of every arm its refusals over all
@@ -70,6 +72,8 @@ seeds, refuses at most .05 fewer held-out harmful requests than with the best le
 look-alikes than with four epochs, and at most two of 32 fewer of the check's harmful prompts than with the
 best.
 """
+RATES, NEURONS = {"lora": "lora_rate", "full": "full_rate"}, "factor"
+"""The option that says where the rates of an arm begin; the other for all arms that train neurons."""
 CHANCE = {"mmlu": ("mmlu/mmlu_dev_val.zip", 0.25), "gsm8k": ("gsm8k/test.jsonl", 0.0)}
 """Capability tasks: their file in the folder of `--data`, and what guessing gives."""
 
@@ -124,10 +128,12 @@ class Switched:
 def trained(
     arm: str, model: LanguageModel, neurons: NeuronSet, seed: int, rate: float
 ) -> Iterator[tuple[Any, dict[str, float]]]:
-    """Attach what an arm trains, with the learning rate of every part."""
+    """Attach what an arm trains, with the learning rate of every part: for neurons `rate` is a factor of the
+    recipe's.
+    """
     if arm not in ("lora", "full"):
         chosen = neurons.random_like(seed, model.table)[0] if arm == "random" else neurons
-        rates = learning_rates(model, chosen)
+        rates = {key: rate * value for key, value in learning_rates(model, chosen).items()}
         with attach(model, chosen) as deltas:
             yield deltas, rates
         return
@@ -267,7 +273,7 @@ def kept(arm: str, seed: int, given: argparse.Namespace) -> Iterator[Kept]:
     others = with_usable_answers(model, others, len(learnt), settings, given.out, notes)
     if arm in ("no-anchor", "no-text"):
         texts = None
-    rate = given.lora_rate if arm == "lora" else given.full_rate
+    rate = getattr(given, RATES.get(arm, NEURONS))
     weights = even_weights if arm == "even-tokens" else train.token_weights
     with (
         trained(arm, model, neurons, seed, rate) as (deltas, rates),
@@ -286,12 +292,9 @@ def kept(arm: str, seed: int, given: argparse.Namespace) -> Iterator[Kept]:
 
 
 def made_with(given: argparse.Namespace, arm: str = "") -> dict[str, Any]:
-    """What decides the rows of a folder, beside their arms and seeds; of LoRA and of all weights the rate
-    too.
-    """
-    rates = {"lora": "lora_rate", "full": "full_rate"}
+    """What decides the rows of a folder, beside their arms and seeds; of an arm its rate too."""
     names = ("model", "neurons", "data", "steps", "every", "anchor", "limit", "tokens")
-    found = {name: getattr(given, name) for name in (*names, *([rates[arm]] if arm in rates else []))}
+    found = {name: getattr(given, name) for name in (*names, *([RATES.get(arm, NEURONS)] if arm else []))}
     return {name: str(value) if isinstance(value, pathlib.Path) else value for name, value in found.items()}
 
 
@@ -343,6 +346,7 @@ def row(arm: str, seed: int, given: argparse.Namespace) -> dict[str, Any]:
             before = untouched(given, "requests", ask)
         after = ask()
         drift = divergence(model, state.deltas, lists.get("alpaca", lists["look-alikes"]), given.tokens)
+    checks = [check.record() for check in loop.judge.seen] if loop.judge else []
     count = sum(value.numel() for value in state.deltas.named_parameters().values())
     changes = {
         name: paired_difference(after[name]["refused"], before[name]["refused"]).to_json() for name in lists
@@ -358,11 +362,12 @@ def row(arm: str, seed: int, given: argparse.Namespace) -> dict[str, Any]:
         "planned": loop.steps,
         "stopped": state.stopped,
         "sound": loop.sound,
+        "checked": _checked(loop.kept_step, checks),
         "refused": {name: after[name]["rate"] for name in lists},
         "change": changes,
         "perplexity": after["perplexity"] / before["perplexity"],
         "divergence": drift,
-        "checks": [check.record() for check in loop.judge.seen] if loop.judge else [],
+        "checks": checks,
         "verdicts": {name: after[name]["refused"] for name in lists},
         "seconds": time.monotonic() - started,
     }
@@ -422,7 +427,7 @@ def summary(rows: Sequence[Mapping[str, Any]], before: Mapping[str, Any]) -> dic
                 name: {str(seed): row[name] for seed, row in runs.items()}
                 for name in ("perplexity", "divergence", "kept_step", "steps", "stopped", "sound")
             },
-            "checked": {str(seed): _checked(row) for seed, row in runs.items()},
+            "checked": {str(seed): _checked(row["kept_step"], row["checks"]) for seed, row in runs.items()},
         }
     return holm_in(found)
 
@@ -436,9 +441,9 @@ def _by_request(rows: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
     return np.asarray([row["verdicts"][name] for row in rows], dtype=float).mean(0)
 
 
-def _checked(row: Mapping[str, Any]) -> float | None:
+def _checked(kept_step: int, checks: Sequence[Mapping[str, Any]]) -> float | None:
     """Share of the check's harmful prompts that the kept state refuses."""
-    kept_checks = [check for check in row["checks"] if check["step"] == row["kept_step"]]
+    kept_checks = [check for check in checks if check["step"] == kept_step]
     return max((check["harmful_refused"]["value"] for check in kept_checks), default=None)
 
 
@@ -461,6 +466,9 @@ def main() -> None:
     parser.add_argument("--anchor", type=float, default=TuningSettings().anchor)
     parser.add_argument("--lora-rate", type=float, default=2e-4, help="that LoRA begins with")
     parser.add_argument("--full-rate", type=float, default=1e-5, help="that all weights begin with")
+    parser.add_argument(
+        "--factor", type=float, default=1.0, help="times the recipe's rates, that neurons begin with"
+    )
     parser.add_argument("--limit", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--capability", nargs="+", choices=CHANCE, default=[], help="with --data")

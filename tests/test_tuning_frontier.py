@@ -121,7 +121,7 @@ def test_arms_are_compared_with_the_whole_recipe_request_by_request_over_the_sam
 
 
 MADE = {"model": "m", "neurons": "n", "data": None, "steps": None, "every": 2, "anchor": 4.0}
-MADE |= {"limit": 32, "tokens": 20, "lora_rate": 2e-4}
+MADE |= {"limit": 32, "tokens": 20, "lora_rate": 2e-4, "factor": 1.0}
 
 
 @pytest.mark.parametrize("name", MADE)
