@@ -41,13 +41,16 @@ def test_a_column_that_asks_whether_a_prompt_is_safe_is_not_read_upside_down(val
 
 
 def test_labels_of_a_column_are_read_in_every_usual_spelling() -> None:
-    values = ["unsafe", "Harmful", 1, True, "1", "safe", "benign", 0, False, " HARMLESS ", ""]
+    unsafe = ["unsafe", "Harmful", 1, True, "1", 1.0, "1.0", "TRUE"]
+    safe = ["safe", "benign", 0, False, " HARMLESS ", "-1.0", "0.0"]
+    none = ["", None, "nan", float("nan"), "<NA>", "null"]
+    values = [*unsafe, *safe, *none]
     data = labelled_by_column(
         Prompts([Prompt(str(n), f"p{n}", meta={"label": value}) for n, value in enumerate(values)])
     )
-    assert [prompt.id for prompt in data.unsafe] == ["0", "1", "2", "3", "4"]
-    assert [prompt.id for prompt in data.safe] == ["5", "6", "7", "8", "9"]
-    assert data.notes == ("1 prompts without a label were left out",)
+    assert [prompt.meta["label"] for prompt in data.unsafe] == unsafe
+    assert [prompt.meta["label"] for prompt in data.safe] == safe
+    assert data.notes == ("6 prompts without a label were left out",)
 
 
 @pytest.mark.parametrize(

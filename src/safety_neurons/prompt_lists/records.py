@@ -320,6 +320,15 @@ def as_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(opened(value), ensure_ascii=False, default=str)
 
 
+def label_word(value: Any) -> str:
+    """What a label says, however an edition writes it: `True`, `1`, `1.0` and `true` are one word; of none
+    and of what tables put in its place nothing is left.
+    """
+    word = "" if value is None else str(value).strip().casefold()
+    word = word.removesuffix(".0") if re.fullmatch(r"-?\d+\.0", word) else word
+    return "" if word in ("none", "null", "nan", "<na>") else {"true": "1", "false": "0"}.get(word, word)
+
+
 def opened(value: Any, name: str = "") -> Any:
     """The value with the arguments of calls, JSON within a string, in the open: templates read them, and so
     escapes in them.

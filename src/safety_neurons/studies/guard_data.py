@@ -19,18 +19,14 @@ from safety_neurons.judges import Judge, judge
 from safety_neurons.model import LanguageModel
 from safety_neurons.prompt_lists import Message, Prompt, Prompts, as_prompts, request_of
 from safety_neurons.prompt_lists.readers import Source
+from safety_neurons.prompt_lists.records import label_word
 from safety_neurons.results import Completion, Completions
 from safety_neurons.suites import attack
 from safety_neurons.suites.rewording import MECHANICAL
 
-UNSAFE_WORDS = frozenset(
-    {"1", "1.0", "true", "yes", "unsafe", "harmful", "toxic", "jailbreak", "attack", "malicious"}
-)
-SAFE_WORDS = frozenset({"0", "0.0", "-1", "false", "no", "safe", "harmless", "benign", "unharmful", "ok"})
-_TRUTH = {
-    **dict.fromkeys(("1", "1.0", "true", "yes"), True),
-    **dict.fromkeys(("0", "0.0", "false", "no"), False),
-}
+UNSAFE_WORDS = frozenset({"1", "yes", "unsafe", "harmful", "toxic", "jailbreak", "attack", "malicious"})
+SAFE_WORDS = frozenset({"0", "-1", "no", "safe", "harmless", "benign", "unharmful", "ok"})
+_TRUTH = {"1": True, "yes": True, "0": False, "no": False}
 HARMLESS_ARM = "/harmless"
 
 
@@ -83,7 +79,7 @@ def labelled_by_column(prompts: Prompts, column: str = "label") -> GuardData:
     missing = 0
     for prompt in prompts:
         value = _field(prompt, column)
-        if value is None or value == "":
+        if not label_word(value):
             missing += 1
             continue
         kinds[_is_unsafe(value, prompt, column)].append(prompt)
@@ -93,7 +89,7 @@ def labelled_by_column(prompts: Prompts, column: str = "label") -> GuardData:
             "--label-column"
         )
     notes = [*prompts.notes, *([f"{missing} prompts without a label were left out"] if missing else [])]
-    if _asks_for_safe(column) and any(_word(_field(prompt, column)) in _TRUTH for prompt in prompts):
+    if _asks_for_safe(column) and any(label_word(_field(prompt, column)) in _TRUTH for prompt in prompts):
         notes.append(f"1 and true in {column!r} were read as safe, as its name says")
     return GuardData(
         Prompts(kinds[True], prompts.name),
@@ -282,12 +278,8 @@ def _asks_for_safe(column: str) -> bool:
     return bool(words & {"safe", "harmless", "benign", "unharmful"}) and not words & {"not", "un"}
 
 
-def _word(value: Any) -> str:
-    return str(value).strip().casefold()
-
-
 def _is_unsafe(value: Any, prompt: Prompt, column: str) -> bool:
-    word = _word(value)
+    word = label_word(value)
     if _asks_for_safe(column) and word in _TRUTH:
         return not _TRUTH[word]
     if word in UNSAFE_WORDS:

@@ -23,6 +23,7 @@ from typing import Any
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.prompt_lists import Prompt, Prompts, prompts
 from safety_neurons.prompt_lists.readers import file_format, list_kind, read_text
+from safety_neurons.prompt_lists.records import label_word
 from safety_neurons.prompt_lists.rows import COMPLIES, prompts_of
 from safety_neurons.prompt_lists.tables import CONVERSATION_COLUMNS, PROMPT_COLUMNS, parse_rows, readable
 from safety_neurons.suites.catalogue import (
@@ -141,22 +142,10 @@ def _shaped(entry: SuiteEntry, rows: list[Row], source: Source, notes: list[str]
     return rows
 
 
-_TRUTH = {"true": "1", "false": "0"}
-
-
-def _label(value: Any) -> str:
-    """What a label says, however an edition writes it: `True`, `1`, `1.0` and `true` are one word; of none
-    and of what tables put in its place nothing is left.
-    """
-    word = "" if value is None else str(value).strip().casefold()
-    word = word.removesuffix(".0") if re.fullmatch(r"\d+\.0", word) else word
-    return "" if word in ("none", "null", "nan", "<na>") else _TRUTH.get(word, word)
-
-
 def _voted(votes: SuiteVotes, row: Row) -> str:
     """What the labels of a row say together; none at all is no label."""
-    cast = [vote for column in votes.columns if (vote := _label(row.get(column)))]
-    safe = {_label(one) for one in votes.safe}
+    cast = [vote for column in votes.columns if (vote := label_word(row.get(column)))]
+    safe = {label_word(one) for one in votes.safe}
     harm = sum(vote not in safe for vote in cast)
     if not cast:
         return ""
@@ -321,12 +310,12 @@ def _prompts(
     own: list[str] = []
     read = prompts_of(rows, str(source.path), column, None, own)
     notes += [note if not language else f"{language}: {note}" for note in own]
-    kinds = {_label(word): kind for word, kind in entry.kinds.items()}
+    kinds = {label_word(word): kind for word, kind in entry.kinds.items()}
     finished: list[Prompt] = []
     left: Counter[str] = Counter()
     for prompt in read:
         row = rows[prompt.meta["row"]]
-        label = _label(row.get("kind"))
+        label = label_word(row.get("kind"))
         if entry.withheld and prompt.text.strip() == entry.withheld:
             left[f"hold {entry.withheld!r} in the place of a text"] += 1
         elif kinds and label not in kinds:
