@@ -359,6 +359,19 @@ def test_a_shard_that_is_no_safetensors_file_is_refused_unread(tmp_path, loader,
     assert not ran.exists()
 
 
+@pytest.mark.parametrize("loader", ["load", "load_classifier", "load_scorer"])
+def test_shards_without_their_index_are_called_that(tmp_path, loader):
+    folder = tiny_llama_folder(tmp_path / "model")
+    tiny_llama().save_pretrained(folder, max_shard_size="20KB")
+    for name in ("model.safetensors", "model.safetensors.index.json"):
+        (folder / name).unlink()
+    with pytest.raises(
+        ModelError, match=r"shards \(model-00001-of-.*no model.safetensors.index.json"
+    ) as said:
+        getattr(model_box, loader)(str(folder))
+    assert "\n" not in str(said.value)
+
+
 def _saved(folder, change):
     weights = load_file(folder / "model.safetensors")
     change(weights)

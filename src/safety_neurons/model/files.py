@@ -177,6 +177,9 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files a model's weights are in: `model.safetensors`, or those that its index names.
 
@@ -194,6 +197,11 @@ def weight_files(folder: Path) -> list[Path]:
             )
         return [folder / name for name in names]
     others = sorted(path.name for path in folder.glob("*.safetensors"))
+    if any(_SHARD.fullmatch(name) for name in others):
+        raise ModelError(
+            f"{folder}: {len(others)} shards ({others[0]}, …) and no {index.name}, which says which tensor is in "
+            "which; copy or download the folder again"
+        )
     pickled = any(path for kind in ("*.bin", "*.pt", "*.pth") for path in folder.glob(kind))
     why = (
         "its weights are a pickle, which can run code: convert them to safetensors"
