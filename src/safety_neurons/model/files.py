@@ -199,7 +199,7 @@ def weight_files(folder: Path) -> list[Path]:
     others = sorted(path.name for path in folder.glob("*.safetensors"))
     if any(_SHARD.fullmatch(name) for name in others):
         raise ModelError(
-            f"{folder}: {len(others)} shards ({others[0]}, …) and no {index.name}, which says which tensor is in "
+            f"{folder}: {len(others)} shards ({others[0]}, …) and no {index.name}, which says what is in "
             "which; copy or download the folder again"
         )
     pickled = any(path for kind in ("*.bin", "*.pt", "*.pth") for path in folder.glob(kind))
