@@ -304,6 +304,19 @@ def test_a_set_that_cannot_be_patched_is_refused_before_anything_is_written(stud
     assert not list(tmp_path.iterdir())
 
 
+def test_a_set_that_cannot_be_switched_off_is_refused_before_either_side_is_written(
+    pair, scores, prompts, tmp_path, monkeypatch
+):
+    def kept_on(*_):
+        raise UnsupportedModelError("these stay on")
+
+    monkeypatch.setattr("safety_neurons.studies.verification.deactivated", kept_on)
+    how = {**OPTIONS, "completions_file": tmp_path / "completions.jsonl"}
+    with pytest.raises(UnsupportedModelError, match="these stay on"):
+        verify_both(pair.base, pair.aligned, scores, *prompts, sizes=(0.01,), **how)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_scaling_that_fails_is_refused_before_anything_is_written(pair, prompts, tmp_path, monkeypatch):
     def unread(*_, **__):
         raise UnsupportedModelError("this guard reads nothing")

@@ -342,6 +342,8 @@ def verify_both(
     the same sets; a set can restore refusals without which the model still has them, and the other way round.
     """
     given = (neurons, harmful, harmless)
+    # What cannot be switched off is refused before the answers of the first side are written.
+    try_out(aligned, _off(aligned, _sets(neurons, how.get("sizes", ()), aligned)[-1][1]))
     patch = verify_patch(base, aligned, *given, **how)
     if (file := how.get("completions_file")) is not None:
         how["completions_file"] = Path(file).with_name(f"deactivated-{Path(file).name}")
