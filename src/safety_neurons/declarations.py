@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import inspect
 import math
+import pathlib
 import sys
 import types
 import typing
@@ -80,6 +81,10 @@ class Flag:
     text: str
 
 
+class Emptiable:
+    """Mark of a field whose empty text says something: that there is to be none."""
+
+
 class Incidental:
     """Mark of a field that cannot change a result: two runs that differ only in it are the same run."""
 
@@ -119,6 +124,22 @@ class Option:
     reads: Reads | None
     positional: bool
     incidental: bool
+    emptiable: bool
+
+    def read(self, typed: Any) -> Any:
+        """A value as it was typed, in the option's type.
+
+        Raises:
+            UsageError: an empty text, which is what a variable that was never set leaves. As a path it would
+                be the current folder, as a list no name at all.
+        """
+        several = isinstance(typed, list)
+        if not self.emptiable and "" in (typed if several else [typed]):
+            shown = self.name.upper() if self.positional else self.flag
+            raise UsageError(f"{shown} is empty; give it a value or leave it out")
+        if typed is None or self.type not in (pathlib.Path, list[pathlib.Path]):
+            return typed
+        return [pathlib.Path(part) for part in typed] if several else pathlib.Path(typed)
 
     def check(self, value: Any) -> None:
         """Refuse a value that is none of the choices or outside of the range.
@@ -223,6 +244,7 @@ def _option(field: dataclasses.Field[Any], hint: Any, doc: str, panel: str | Non
         mark(Reads),
         mark(Positional) is not None,
         mark(Incidental) is not None,
+        mark(Emptiable) is not None,
     )
 
 

@@ -73,7 +73,7 @@ def _nothing_is_loaded(monkeypatch, tmp_path):
         ([*VERIFY, "--neurons", "n", "--sizes", "0.1"], "--sizes needs --scores"),
         ([*VERIFY, "--scores", "s", "--sizes", "0.1,x"], "comma-separated shares"),
         ([*VERIFY, "--scores", "s", "--sizes", "0.1,2"], "at most 1"),
-        ([*VERIFY, "--scores", "s", "--sizes", ""], "comma-separated shares"),
+        ([*VERIFY, "--scores", "s", "--sizes", ","], "comma-separated shares"),
         ([*VERIFY, "--neurons", "n", "--random", "-1"], "--random"),
         (["compare", *CONTRAST[2:], "--methods", "contrast,magic"], "weight-change"),
         (["compare", *CONTRAST[2:], "--top", "0"], "above 0"),
@@ -89,6 +89,25 @@ def _nothing_is_loaded(monkeypatch, tmp_path):
 )
 def test_wrong_words_are_refused_before_anything_is_loaded(words, said):
     assert said in refused(*words, code=2)
+
+
+def test_an_empty_text_is_refused_by_every_verb_and_option_but_where_it_says_something():
+    """What a variable that was never set leaves: as a path it would be the current folder."""
+    allowed = set()
+    for words, verb in options_page().commands(build()):
+        declared = {one.name: one for kind in (*DECLARED[words], options.Common) for one in kind.options()}
+        needed = [f"{one.opts[0]}=x" for one in verb.params if one.required and one.opts[0].startswith("-")]
+        for name, option in declared.items():
+            flag = name.upper() if option.positional else option.flag
+            if option.emptiable:
+                allowed.add(flag)
+            elif option.type not in (bool, int, float):
+                empty = [""] if option.positional else [f"{option.flag}="]
+                behind = ["x" for one in declared.values() if one.positional and one is not option]
+                said = command(*words.split(), *needed, *empty, *behind)
+                assert (said.code, said.out) == (2, ""), (words, flag, said)
+                assert said.err == f"safety-neurons: {flag} is empty; give it a value or leave it out\n"
+    assert allowed == {"--system"}
 
 
 def test_help_names_every_verb_and_every_option_has_words():

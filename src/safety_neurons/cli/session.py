@@ -16,6 +16,7 @@ from safety_neurons.cli import console, processes
 from safety_neurons.declarations import (
     Count,
     Declaration,
+    Emptiable,
     Incidental,
     OneOf,
     Panel,
@@ -73,7 +74,7 @@ class Common(RunOptions):
     """Never open a socket."""
     template: str = "auto"
     """auto, none, tulu or a Jinja file."""
-    system: str | None = None
+    system: Annotated[str | None, Emptiable] = None
     """System prompt put before every prompt."""
     template_args: str | None = None
     """JSON object for the chat template."""

@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import inspect
 import os
+import pathlib
 import signal
 import sys
 from collections.abc import Callable
@@ -212,7 +213,7 @@ def command_of(
 
         def call() -> dict[str, Any] | None:
             parts = {
-                key: kind(**{one.name: given[one.name] for one in kind.options()})
+                key: kind(**{one.name: one.read(given[one.name]) for one in kind.options()})
                 for key, kind in kinds.items()
             }
             for declaration in parts.values():
@@ -241,7 +242,9 @@ def command_of(
 
 def _parameter(option: Option) -> inspect.Parameter:
     """An option as typer wants it: an annotated keyword argument."""
-    optional = option.type | None if option.default is None else option.type
+    # A path is taken as text: of an empty one, `pathlib` makes the current folder.
+    taken = {pathlib.Path: str, list[pathlib.Path]: list[str]}.get(option.type, option.type)
+    optional = taken | None if option.default is None else taken
     limits: dict[str, Any] = {}
     if option.between is not None and not (option.between.above or option.between.below):
         limits = {"min": option.between.low, "max": option.between.high}
