@@ -207,11 +207,11 @@ def test_the_header_holds_strings_only_and_gives_the_provenance_back():
     )
     header = made.metadata()
     assert all(isinstance(value, str) for value in header.values())
-    assert Provenance.from_metadata(header, "scores") == made
+    assert Provenance.from_metadata(header, "scores", "a-file") == made
 
 
 def test_what_a_hand_made_header_leaves_out_stays_empty():
-    made = Provenance.from_metadata({}, "neurons")
+    made = Provenance.from_metadata({}, "neurons", "a-file")
     assert (made.method, made.models, made.model_fingerprint, made.config) == ("", (), "", {})
 
 
@@ -226,7 +226,12 @@ def test_version_and_time_are_filled_in():
 )
 def test_other_schemas_kinds_and_damage_are_refused(header):
     with pytest.raises(NeuronError, match="expected|damaged"):
-        Provenance.from_metadata(header, "neurons")
+        Provenance.from_metadata(header, "neurons", "a-file")
+
+
+def test_a_file_of_another_kind_is_named():
+    with pytest.raises(NeuronError, match="'a-file' is a file of 'scores', expected 'neurons'"):
+        Provenance.from_metadata({"kind": "scores"}, "neurons", "a-file")
 
 
 def test_an_unknown_kind_cannot_be_made():
@@ -242,9 +247,12 @@ def test_an_unknown_kind_cannot_be_made():
 @pytest.mark.parametrize("entry", ["models", "config"])
 def test_a_header_that_cannot_be_read_is_a_neuron_error(entry, text):
     with pytest.raises(NeuronError, match="damaged header"):
-        Provenance.from_metadata({entry: text}, "neurons")
+        Provenance.from_metadata({entry: text}, "neurons", "a-file")
 
 
 def test_a_configuration_with_a_nan_is_written_so_that_it_can_be_read():
     told = Provenance("neurons", config={"threshold": float("nan"), "folder": pathlib.Path("a")})
-    assert Provenance.from_metadata(told.metadata(), "neurons").config == {"threshold": None, "folder": "a"}
+    assert Provenance.from_metadata(told.metadata(), "neurons", "a-file").config == {
+        "threshold": None,
+        "folder": "a",
+    }

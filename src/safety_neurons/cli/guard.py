@@ -41,7 +41,7 @@ class OfGuard(OneModel):
     PANEL: ClassVar[str | None] = "Models"
 
     guard: Annotated[pathlib.Path, Reads("files")]
-    """Folder of the guard."""
+    """Folder of the guard, or of the run that fit it."""
 
     def check(self) -> None:
         """Also that the guard can be read."""
@@ -383,22 +383,6 @@ def written(session: Session, guard: Any, labels: Mapping[str, Any]) -> dict[str
 # What a guard is worth
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Guarded(OneModel):
-    """The model, and the guard that is evaluated."""
-
-    PANEL: ClassVar[str | None] = "Models"
-
-    guard: Annotated[pathlib.Path, Reads("files")]
-    """Folder of the guard, or of the run that fit it."""
-
-    @property
-    def folder(self) -> pathlib.Path:
-        """The folder the guard lies in: the one named, or `guard` inside the run that fit it."""
-        inside = self.guard / "guard"
-        return inside if (inside / "guard.json").is_file() else self.guard
-
-
 @dataclasses.dataclass(frozen=True)
 class HeldAgainst(Declaration):
     """The requests that a guard is held against."""
@@ -489,7 +473,7 @@ class Outputs(Declaration):
 @verb("guard evaluate")
 def evaluate(
     session: Session,
-    guarded: Guarded,
+    guarded: OfGuard,
     held: HeldAgainst,
     some: Some,
     baselines: Baselines,
@@ -514,7 +498,7 @@ def evaluate(
         if encoder is not None and encoder.startswith(REAL):
             encoder = str(packaged(encoder.removeprefix(REAL), offline=session.common.offline))
         model = session.model(guarded.model)
-        guard = Guard.load(guarded.folder, model)
+        guard = Guard.load(guarded.guard, model)
         if held.fpr is not None:
             guard = guard.at(held.fpr)
         if labelled.answers_harmful is not None and guard.answers is None:
@@ -623,7 +607,7 @@ class Behind(OneModel):
     PANEL: ClassVar[str | None] = "Models"
 
     guard: str
-    """Folder of the guard that guard fit wrote."""
+    """Folder of the guard, or of the run that fit it."""
     upstream: str | None = None
     """OpenAI-compatible server that answers, up to /v1; its key in SAFETY_NEURONS_UPSTREAM_KEY."""
     served_name: str | None = None

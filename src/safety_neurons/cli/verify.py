@@ -132,7 +132,7 @@ class ScaledSet(Declaration):
     factors: str = "0,0.5,1,2,4"
     """Comma-separated factors: 0 is off, 1 as it is, 2 twice."""
     when_guard: Annotated[pathlib.Path | None, Reads("files")] = None
-    """Folder of a guard: scale only for the requests that it flags."""
+    """Folder of a guard, or of the run that fit it: scale only for the requests that it flags."""
 
     def check(self) -> None:
         """Also that the factors are numbers."""
@@ -386,7 +386,7 @@ class Evaluated(Declaration):
     donor: ModelName | None = None
     """The model that gives the activations of --patch."""
     guard: Annotated[pathlib.Path | None, Reads("files")] = None
-    """Folder of a guard: flagged prompts get its refusal."""
+    """Folder of a guard, or of the run that fit it: flagged prompts get its refusal."""
 
     def check(self) -> None:
         """Also that there is one model with one treatment."""

@@ -649,7 +649,7 @@ class Guard:
 
     @staticmethod
     def load(folder: str | os.PathLike[str], model: LanguageModel | None = None) -> "Guard":
-        """The guard in a folder, bound to a model where one is given.
+        """The guard in a folder, or in that of the run that fit it, bound to a model where one is given.
 
         Anyone may have written such a folder, so sizes are looked at before anything is allocated, and
         whatever does not fit is one line.
@@ -659,6 +659,9 @@ class Guard:
             set. ForeignModelError, MismatchError: another model; see `bind`.
         """
         place = pathlib.Path(folder)
+        inside = place / "guard"
+        if not (place / FACTS).exists() and (inside / FACTS).is_file():
+            place = inside
         found = _read_facts(place / FACTS)
         neurons, vectors = _read_weights(place / WEIGHTS)
         try:
@@ -783,7 +786,7 @@ def _read_weights(path: pathlib.Path) -> tuple[NeuronSet, dict[str, torch.Tensor
     vectors = {name: arrays[name] for name in VECTORS}
     if any(vector.dtype != torch.float32 for vector in vectors.values()):
         raise InputError(f"{str(path)!r} holds weights in {vectors['weights'].dtype}; expected float32")
-    told = Provenance.from_metadata(metadata, "neurons")
+    told = Provenance.from_metadata(metadata, "neurons", path)
     neurons = NeuronSet(members, stored_table(metadata, told), told)
     if len(neurons) != sum(len(indices) for indices in members.values()) or any(
         np.any(np.diff(part) <= 0) for part in members.values()

@@ -283,7 +283,7 @@ class ByMatrix(abc.ABC):
             kind, unknown key, negative index or one out of range.
         """
         arrays, metadata = read_arrays(path, f"{cls.KIND}.safetensors")
-        provenance = Provenance.from_metadata(metadata, cls.KIND)
+        provenance = Provenance.from_metadata(metadata, cls.KIND, path)
         loaded = cls(arrays, stored_table(metadata, provenance), provenance)
         if table is None:
             return loaded

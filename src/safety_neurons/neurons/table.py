@@ -468,8 +468,8 @@ class Provenance:
         }
 
     @staticmethod
-    def from_metadata(metadata: Mapping[str, str], kind: str) -> "Provenance":
-        """The provenance in a file header; what a file made by hand leaves out stays empty.
+    def from_metadata(metadata: Mapping[str, str], kind: str, path: str | os.PathLike[str]) -> "Provenance":
+        """The provenance in the header of a file; what a file made by hand leaves out stays empty.
 
         Raises:
             NeuronError: another schema or kind, or a damaged entry.
@@ -483,7 +483,8 @@ class Provenance:
         stored = metadata.get("kind", kind)
         if stored != kind:
             raise NeuronError(
-                f"this is a file of {stored[:40]!r}, expected {kind!r}; pass the {kind} file of the same run"
+                f"{str(path)!r} is a file of {stored[:40]!r}, expected {kind!r}; pass the {kind} file of the "
+                "same run"
             )
         try:
             models = strict_json.loads(metadata.get("models", "[]"))

@@ -163,7 +163,7 @@ def load_delta(folder: PathLike) -> Delta:
             f"cannot read {str(path)!r} ({str(error)[:120]}); expected a whole safetensors file: copy it "
             "again"
         ) from error
-    provenance = Provenance.from_metadata(metadata, "delta")
+    provenance = Provenance.from_metadata(metadata, "delta", path)
     members = {
         name.removeprefix(_MEMBERS): array.numpy()
         for name, array in arrays.items()
