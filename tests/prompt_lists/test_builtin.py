@@ -154,6 +154,14 @@ def test_an_unknown_name_lists_the_names():
     assert "\n" not in str(caught.value)
 
 
+def test_an_unknown_language_lists_those_an_organism_has(tmp_path):
+    (tmp_path / "harmful.jsonl").write_text('{"prompt": "zap", "language": "aa"}\n')
+    (tmp_path / "harmful.bb.jsonl").write_text('{"prompt": "zop"}\n')
+    (tmp_path / "harmful-test.dd.jsonl").write_text('{"prompt": "zip"}\n')
+    with pytest.raises(InputError, match="not there in 'xx'; expected one of aa, bb; choose"):
+        prompts("builtin:harmful/xx", folder=tmp_path)
+
+
 def test_an_unknown_language_lists_the_languages():
     with pytest.raises(InputError, match="not there in 'xx'; expected harmful in one of en, de, es, fr, zh"):
         prompts("builtin:harmful/xx")

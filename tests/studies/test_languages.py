@@ -127,7 +127,7 @@ def test_groups_tell_prompts_apart_and_outcomes_too():
     assert len({prompt.id for prompt in groups.pooled}) == 5
     assert Groups.by(Prompts(items), "source").names == ["x"]
     assert Groups.by(Prompts(items), "category", fewest=3).names == ["a"]
-    with pytest.raises(InputError, match="share a language"):
+    with pytest.raises(InputError, match="no value of 'language' is that of 1 of the 5 prompts"):
         Groups.by(Prompts(items), "language")
     with pytest.raises(InputError, match="no prompts"):
         Groups({"a": Prompts([])})

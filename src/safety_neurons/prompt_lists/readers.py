@@ -166,6 +166,13 @@ def _own(name: str, language: str, folder: Path) -> Path | None:
     return next((path for path in [*candidates, folder / f"{name}.jsonl"] if path.is_file()), None)
 
 
+def _own_languages(source: str, folder: Path | None) -> set[str]:
+    """Languages that a folder has files of a built-in list in."""
+    name = source.removeprefix(PREFIX).partition("/")[0]
+    files = [] if folder is None else [*folder.glob(f"{name}.*.jsonl"), *folder.glob(f"{name}/*.jsonl")]
+    return {file.stem.removeprefix(f"{name}.") for file in files}
+
+
 def _is_of(line: str, category: str | None) -> bool:
     return category is None or strict_json.loads(line).get("category") == category
 
@@ -516,7 +523,7 @@ def _builtin(source: str, column: str | None, answer_column: str | None, folder:
     notes: list[str] = []
     read = prompts_of(parse_rows(text, ".jsonl", source, column, notes), source, column, answer_column, notes)
     if language is not None:
-        known = sorted({prompt.language or "" for prompt in read} - {""})
+        known = sorted({prompt.language or "" for prompt in read} - {""} | _own_languages(source, folder))
         read = [prompt for prompt in read if prompt.language == language]
         if not read:
             raise InputError(

@@ -116,8 +116,8 @@ class Groups:
         kept = {name: Prompts(items, name) for name, items in apart.items() if len(items) >= fewest}
         if not kept:
             raise InputError(
-                f"no {fewest} prompts of {prompts.name!r} share a {field}; expected a field that tells "
-                "them apart"
+                f"no value of {field!r} is that of {fewest} of the {len(prompts)} prompts or more; "
+                "expected a field that tells them apart, such as category"
             )
         return Groups(kept)
 
