@@ -247,6 +247,29 @@ def test_the_anchor_gets_heavier_where_the_model_diverges_and_lighter_where_it_d
     assert fixed == TrustRegion.of(check, 5.0, adapts=False)
 
 
+@pytest.mark.parametrize(
+    ("divergence", "larger"), [(0.18, 1.0), (0.11, 1.0), (0.04, 4.0), (0.0, 4.0)], ids=str
+)
+def test_once_behind_the_warm_up_steps_that_use_little_of_what_is_allowed_get_larger(divergence, larger):
+    region = TrustRegion.of(dataclasses.replace(CHECK, max_divergence=0.05), 5.0, adapts=True)
+    for _ in range(40):
+        region.stepped({"harmless": divergence}, rising=True)
+    assert region.scale == 1.0
+    for _ in range(3):
+        region.stepped({"harmless": divergence})
+    assert region.scale == 1.0
+    for _ in range(40):
+        region.stepped({"harmless": divergence})
+    assert region.scale == pytest.approx(larger, rel=0.01)
+
+
+def test_steps_get_as_much_larger_as_their_divergence_is_too_small():
+    region = TrustRegion.of(dataclasses.replace(CHECK, max_divergence=0.05), 5.0, adapts=True)
+    for rising in [True] * 60 + [False] * 4:
+        region.stepped({"harmless": 0.08}, rising=rising)  # 0.4 of what is allowed, where 0.8 is aimed at
+    assert region.scale == pytest.approx(2.0, rel=0.01)
+
+
 def test_where_nothing_moves_the_steps_get_larger(monkeypatch):
     monkeypatch.setattr(training, "SHARE", 1e-5)
     check = dataclasses.replace(CHECK, max_divergence=0.05, refused=lambda found: [False] * len(found))

@@ -320,9 +320,11 @@ class TrustRegion:
     """How far a step may go and how strongly the model is held to itself, adapted to how far it has moved.
 
     Of every step: where the divergence on the anchored examples is above what the checks allow, the anchor
-    gets heavier, where it is far below lighter. Of every check: a state that is too far from the untouched
-    model is left for the best sound one, and the steps are halved; where sound states do not yet refuse and
-    have hardly moved, the steps are doubled.
+    gets heavier, where it is far below lighter. Once, a few steps behind the warm-up: where the divergence is
+    below half of what the checks allow, the steps become as much larger as it is too small, at most four
+    times. Of every check: a state that is too far from the untouched model is left for the best sound one,
+    and the steps are halved; where sound states do not yet refuse and have hardly moved, the steps are
+    doubled.
 
     Attributes:
         weight: of the divergence in the loss, now.
@@ -330,6 +332,7 @@ class TrustRegion:
         limits: nats per token that the checks allow, by kind of example; empty where nothing is adapted.
         strain: divergence by these limits, the larger of both, averaged over about ten steps.
         anchor: the weight it began with.
+        risen: steps behind the warm-up.
 
     Source: Schulman et al., 2017 (PPO), section 4 (a penalty on KL whose weight follows the divergence).
     Differs: divergence from the untouched model on harmless text, not from the last policy; the step's size
@@ -341,6 +344,7 @@ class TrustRegion:
     limits: dict[str, float] = dataclasses.field(default_factory=dict)
     strain: float = 0.0
     anchor: float = 0.0
+    risen: int = 0
 
     @classmethod
     def of(cls, check: StopCheck | None, anchor: float, *, adapts: bool) -> "TrustRegion":
@@ -359,12 +363,20 @@ class TrustRegion:
                 limits["general"] = 2 * math.log(check.max_perplexity)
         return cls(anchor, 1.0, limits, 0.0, anchor)
 
-    def stepped(self, divergence: Mapping[str, float]) -> None:
-        """Take note of a step's divergence by kind of example."""
+    def stepped(self, divergence: Mapping[str, float], *, rising: bool = False) -> None:
+        """Take note of a step's divergence by kind of example.
+
+        Args:
+            divergence: nats, weighted as in the loss.
+            rising: whether the rate was still on its way up.
+        """
         strains = [divergence[kind] / limit for kind, limit in self.limits.items() if kind in divergence]
         if not strains or not math.isfinite(max(strains)):
             return
         self.strain += (max(strains) - self.strain) / AVERAGED
+        self.risen += not rising
+        if self.risen == RISEN and self.strain < 0.5:
+            self.scale *= min(AIMED / max(self.strain, 1e-9), FARTHEST)
         if self.strain > 1:
             self.weight = min(self.weight * HEAVIER, self.anchor * HEAVIEST)
         elif self.strain < 0.5:
@@ -391,4 +403,8 @@ token, where nearly all of the divergence is.
 AVERAGED, HEAVIER, LIGHTER, HEAVIEST, MOST, LEFT = 8, 1.05, 0.95, 4.0, 16.0, 3.0
 """Steps the strain is averaged over; factors of the anchor's weight after a step; how far the weight, and how
 far the scale, may go from where they began; times its limit at which a state is left.
+"""
+RISEN, AIMED, FARTHEST = 4, 0.8, 4.0
+"""Steps behind the warm-up at which the size of a step is looked at; the strain it should have there; times
+that it may become larger for it.
 """

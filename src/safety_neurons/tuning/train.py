@@ -186,7 +186,7 @@ class Loop:
                 share = factor(self.step, steps, self.settings.warmup) * self.region.scale
                 anchored, weight = self._divergence, self.region.weight
                 self.history.append(TrainingStep(self.step + 1, loss, norm, share, anchored, weight))
-                self.region.stepped(anchored)
+                self.region.stepped(anchored, rising=self.step < rising(steps, self.settings.warmup))
                 self.step += 1
                 self._tell(loss, None)
                 checked = self.step % every == 0 or self.step == steps
@@ -772,7 +772,12 @@ def factor(step: int, steps: int, warmup: float) -> float:
     """Share of the full rate at a step (counted from 0): a straight line up over the first ones, then down to
     a tenth; never zero.
     """
-    rising = max(1, round(warmup * steps))
-    if step < rising:
-        return (step + 1) / rising
-    return 1 - (1 - LAST) * (step - rising + 1) / max(1, steps - rising)
+    first = rising(steps, warmup)
+    if step < first:
+        return (step + 1) / first
+    return 1 - (1 - LAST) * (step - first + 1) / max(1, steps - first)
+
+
+def rising(steps: int, warmup: float) -> int:
+    """Steps over which the rate rises."""
+    return max(1, round(warmup * steps))
