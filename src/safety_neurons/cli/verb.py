@@ -245,9 +245,9 @@ def _parameter(option: Option) -> inspect.Parameter:
     # A path is taken as text: of an empty one, `pathlib` makes the current folder.
     taken = {pathlib.Path: str, list[pathlib.Path]: list[str]}.get(option.type, option.type)
     optional = taken | None if option.default is None else taken
-    limits: dict[str, Any] = {}
+    limits: dict[str, Any] = {} if taken is option.type else {"metavar": "<path>"}
     if option.between is not None and not (option.between.above or option.between.below):
-        limits = {"min": option.between.low, "max": option.between.high}
+        limits |= {"min": option.between.low, "max": option.between.high}
     default = inspect.Parameter.empty if option.default is dataclasses.MISSING else option.default
     if option.positional:
         mark = typer.Argument(help=option.help)
