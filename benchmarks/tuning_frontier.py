@@ -74,6 +74,8 @@ best.
 """
 RATES, NEURONS = {"lora": "lora_rate", "full": "full_rate"}, "factor"
 """The option that says where the rates of an arm begin; the other for all arms that train neurons."""
+SUMMED = ("perplexity", "divergence", "kept_step", "steps", "stopped", "sound", "checked")
+"""What a summary has of every seed."""
 CHANCE = {"mmlu": ("mmlu/mmlu_dev_val.zip", 0.25), "gsm8k": ("gsm8k/test.jsonl", 0.0)}
 """Capability tasks: their file in the folder of `--data`, and what guessing gives."""
 
@@ -362,7 +364,7 @@ def row(arm: str, seed: int, given: argparse.Namespace) -> dict[str, Any]:
         "planned": loop.steps,
         "stopped": state.stopped,
         "sound": loop.sound,
-        "checked": _checked(loop.kept_step, checks),
+        "checked": checked(loop),
         "refused": {name: after[name]["rate"] for name in lists},
         "change": changes,
         "perplexity": after["perplexity"] / before["perplexity"],
@@ -371,6 +373,12 @@ def row(arm: str, seed: int, given: argparse.Namespace) -> dict[str, Any]:
         "verdicts": {name: after[name]["refused"] for name in lists},
         "seconds": time.monotonic() - started,
     }
+
+
+def checked(loop: Loop) -> float | None:
+    """Share of the check's harmful prompts that the kept state refuses, which may lie between two checks."""
+    best = loop.judge.best if loop.judge else None
+    return None if best is None else best.harmful_refused.value
 
 
 def capability(arm: str, seed: int, name: str, given: argparse.Namespace) -> dict[str, Any]:
@@ -423,11 +431,7 @@ def summary(rows: Sequence[Mapping[str, Any]], before: Mapping[str, Any]) -> dic
         found[arm] = {
             "refused": refused,
             "against": against,
-            **{
-                name: {str(seed): row[name] for seed, row in runs.items()}
-                for name in ("perplexity", "divergence", "kept_step", "steps", "stopped", "sound")
-            },
-            "checked": {str(seed): _checked(row["kept_step"], row["checks"]) for seed, row in runs.items()},
+            **{name: {str(seed): row.get(name) for seed, row in runs.items()} for name in SUMMED},
         }
     return holm_in(found)
 
@@ -439,12 +443,6 @@ def _made(rows: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any] | No
 def _by_request(rows: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
     """Of every request the share of the runs that refuse it; NaN where one of them could not be judged."""
     return np.asarray([row["verdicts"][name] for row in rows], dtype=float).mean(0)
-
-
-def _checked(kept_step: int, checks: Sequence[Mapping[str, Any]]) -> float | None:
-    """Share of the check's harmful prompts that the kept state refuses."""
-    kept_checks = [check for check in checks if check["step"] == kept_step]
-    return max((check["harmful_refused"]["value"] for check in kept_checks), default=None)
 
 
 def main() -> None:

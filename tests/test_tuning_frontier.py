@@ -90,6 +90,22 @@ def test_states_between_two_checks_are_looked_at_unless_they_are_left_out(fronti
     assert asked == [0, 1, 2, 3]
 
 
+def test_what_the_check_saw_of_a_row_is_of_the_state_that_was_kept(frontier, monkeypatch):
+    whole = iter((True, False, False, False) * 3)
+
+    def measure(check, model, deltas, step):
+        """All the way too far, a part of it sound."""
+        far = step > 0 and next(whole)
+        none = Rate(0.0, 0.0, 1.0, 3)
+        return Checked(step, Rate(1.0 if far else 0.5 * (step > 0), 0.0, 1.0, 3), none, 0.06 if far else 0.0)
+
+    monkeypatch.setattr(Strict, "measure", measure)
+    loop, _ = run_without("", frontier)
+    assert max(check.harmful_refused.value for check in loop.judge.seen) == 1.0
+    assert frontier.checked(loop) == 0.5
+    assert frontier.checked(run_without("last-state", frontier)[0]) is None
+
+
 def test_the_first_token_weighs_as_much_as_any_other_where_its_weight_is_left_out(frontier):
     example = Example("a", tuple(range(8)), 3)
     assert token_weights(example)[0] == 0.5
@@ -98,10 +114,7 @@ def test_the_first_token_weighs_as_much_as_any_other_where_its_weight_is_left_ou
 
 def a_row(arm, seed, verdicts):
     numbers = {"perplexity": 1.0, "divergence": 0.1, "kept_step": 2, "steps": 3, "stopped": "", "sound": True}
-    checks = [
-        {"step": step, "harmful_refused": {"value": share}} for step, share in ((1, 1.0), (2, 0.5), (2, 0.75))
-    ]
-    return {"arm": arm, "seed": seed, "verdicts": {"builtin": verdicts}, "checks": checks, **numbers}
+    return {"arm": arm, "seed": seed, "verdicts": {"builtin": verdicts}, "checked": 0.75, **numbers}
 
 
 def test_arms_are_compared_with_the_whole_recipe_request_by_request_over_the_same_seeds(frontier):
