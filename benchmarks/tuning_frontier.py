@@ -348,7 +348,6 @@ def row(arm: str, seed: int, given: argparse.Namespace) -> dict[str, Any]:
             before = untouched(given, "requests", ask)
         after = ask()
         drift = divergence(model, state.deltas, lists.get("alpaca", lists["look-alikes"]), given.tokens)
-    checks = [check.record() for check in loop.judge.seen] if loop.judge else []
     count = sum(value.numel() for value in state.deltas.named_parameters().values())
     changes = {
         name: paired_difference(after[name]["refused"], before[name]["refused"]).to_json() for name in lists
@@ -369,7 +368,7 @@ def row(arm: str, seed: int, given: argparse.Namespace) -> dict[str, Any]:
         "change": changes,
         "perplexity": after["perplexity"] / before["perplexity"],
         "divergence": drift,
-        "checks": checks,
+        "checks": [check.record() for check in loop.judge.seen] if loop.judge else [],
         "verdicts": {name: after[name]["refused"] for name in lists},
         "seconds": time.monotonic() - started,
     }

@@ -268,6 +268,10 @@ def test_steps_get_as_much_larger_as_their_divergence_is_too_small():
     for rising in [True] * 60 + [False] * 4:
         region.stepped({"harmless": 0.08}, rising=rising)  # 0.4 of what is allowed, where 0.8 is aimed at
     assert region.scale == pytest.approx(2.0, rel=0.01)
+    region = dataclasses.replace(region, scale=16.0, strain=0.0, risen=0)
+    for _ in range(4):
+        region.stepped({"harmless": 0.0})
+    assert region.scale == 16.0  # as far as it may go, whatever had made it larger
 
 
 def test_where_nothing_moves_the_steps_get_larger(monkeypatch):

@@ -376,7 +376,7 @@ class TrustRegion:
         self.strain += (max(strains) - self.strain) / AVERAGED
         self.risen += not rising
         if self.risen == RISEN and self.strain < 0.5:
-            self.scale *= min(AIMED / max(self.strain, 1e-9), FARTHEST)
+            self.scale = min(self.scale * min(AIMED / max(self.strain, 1e-9), FARTHEST), MOST)
         if self.strain > 1:
             self.weight = min(self.weight * HEAVIER, self.anchor * HEAVIEST)
         elif self.strain < 0.5:
