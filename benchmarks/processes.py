@@ -231,6 +231,7 @@ def gone(
     said = time.monotonic() - start
     codes = begun.codes()
     ended = time.monotonic() - start
+    lines = {other: begun.lines(other) for other in rest}  # before the same command writes there again
     subprocess.run([*inside(machines[number]), "ip", "link", "set", WIRE, "up"], check=True)
     again = Machines(words, place, machines).codes()
     return {
@@ -240,7 +241,7 @@ def gone(
         "seconds_until_the_launchers_have_ended": round(ended, 1),
         "codes": codes,
         "ranks": ranks,
-        "lines": {other: begun.lines(other) for other in rest},
+        "lines": lines,
         "again": again,
     }
 
