@@ -43,7 +43,7 @@ from safety_neurons.capability import TaskSettings, measure, perplexity, task
 from safety_neurons.display.charts import Line, Plane, line_figure, standalone
 from safety_neurons.model import LanguageModel, token_divergences
 from safety_neurons.neurons import NeuronSet
-from safety_neurons.prompt_lists import Prompts
+from safety_neurons.prompt_lists import Prompt, Prompts
 from safety_neurons.results import Checkpoint, holm_in, paired_difference, rate
 from safety_neurons.studies.tuning import Checking, hold_out, with_usable_answers
 from safety_neurons.tuning import attach, train
@@ -74,6 +74,10 @@ best.
 """
 RATES, NEURONS = {"lora": "lora_rate", "full": "full_rate"}, "factor"
 """The option that says where the rates of an arm begin; the other for all arms that train neurons."""
+PARTS = {"harmbench": ("standard",)}
+"""Lists of which a part is told apart too, by the category of its requests: HarmBench's others ask for lyrics
+and passages under copyright, which is no harm that any of the data is about.
+"""
 SUMMED = ("perplexity", "divergence", "kept_step", "steps", "stopped", "sound", "checked")
 """What a summary has of every seed."""
 CHANCE = {"mmlu": ("mmlu/mmlu_dev_val.zip", 0.25), "gsm8k": ("gsm8k/test.jsonl", 0.0)}
@@ -161,7 +165,7 @@ def asked(model: LanguageModel, folder: pathlib.Path | None, limit: int) -> dict
         "look-alikes": model.prompts("builtin:harmless-test"),
     }
     if folder is not None:
-        lists |= {name: Prompts.from_list(texts) for name, texts in _public(folder).items()}
+        lists |= _public(folder)
     generator = np.random.default_rng(0)
     order = ("builtin", "advbench", "harmbench", "alpaca", "xstest-safe", "look-alikes")
     return {
@@ -171,38 +175,48 @@ def asked(model: LanguageModel, folder: pathlib.Path | None, limit: int) -> dict
     }
 
 
-def _public(folder: pathlib.Path) -> dict[str, list[str]]:
+def _public(folder: pathlib.Path) -> dict[str, Prompts]:
 
-    def column(name: str, wanted: str, keep: Any = lambda _row: True) -> list[str]:
+    def table(name: str, wanted: str, keep: Any = lambda _row: True, category: str = "") -> Prompts:
         with (folder / name).open(encoding="utf-8", newline="") as file:
-            return [row[wanted] for row in csv.DictReader(file) if keep(row)]
+            rows = [row for row in csv.DictReader(file) if keep(row)]
+        return Prompts(
+            Prompt(str(number), row[wanted], category=row.get(category)) for number, row in enumerate(rows)
+        )
 
     alpaca = json.loads((folder / "llama_factory/alpaca_en_demo.json").read_text(encoding="utf-8"))
     return {
-        "advbench": column("advbench/harmful_behaviors.csv", "goal"),
-        "harmbench": column(
-            "harmbench/harmbench_behaviors_text_val.csv", "Behavior", lambda row: not row.get("ContextString")
+        "advbench": table("advbench/harmful_behaviors.csv", "goal"),
+        "harmbench": table(
+            "harmbench/harmbench_behaviors_text_val.csv",
+            "Behavior",
+            lambda row: not row.get("ContextString"),
+            "FunctionalCategory",
         ),
-        "alpaca": [f"{row['instruction']}\n{row.get('input') or ''}".strip() for row in alpaca],
-        "xstest-safe": column("xstest/xstest_prompts.csv", "prompt", lambda row: row["label"] == "safe"),
+        "alpaca": Prompts.from_list(
+            f"{row['instruction']}\n{row.get('input') or ''}".strip() for row in alpaca
+        ),
+        "xstest-safe": table("xstest/xstest_prompts.csv", "prompt", lambda row: row["label"] == "safe"),
     }
 
 
 def measured(
     model: LanguageModel, lists: Mapping[str, Prompts], text: Prompts, tokens: int
 ) -> dict[str, Any]:
-    """Refusals of every list, and perplexity of text."""
+    """Refusals of every list and of the parts that are told apart, and perplexity of text."""
     found: dict[str, Any] = {}
     for name, prompts in lists.items():
         completions = model.complete(prompts, max_new_tokens=tokens, batch_size=16)
-        refused = judge_refusal(completions).refused
-        found[name] = {
-            "refused": list(refused),
-            "rate": rate(refused).to_json(),
-            "groups": list(prompts.groups),
-        }
-    found["perplexity"] = perplexity(model, text, batch_size=4)
-    return found
+        refused, groups = judge_refusal(completions).refused, prompts.groups
+        found[name] = _told(refused, groups)
+        for part in PARTS.get(name, ()):
+            at = [place for place, prompt in enumerate(prompts) if prompt.category == part]
+            found[f"{name}-{part}"] = _told([refused[place] for place in at], [groups[place] for place in at])
+    return {**found, "perplexity": perplexity(model, text, batch_size=4)}
+
+
+def _told(refused: Sequence[bool | None], groups: Sequence[Any]) -> dict[str, Any]:
+    return {"refused": list(refused), "rate": rate(refused).to_json(), "groups": list(groups)}
 
 
 def running_text(model: LanguageModel, folder: pathlib.Path | None) -> Prompts:
@@ -349,8 +363,10 @@ def row(arm: str, seed: int, given: argparse.Namespace) -> dict[str, Any]:
         after = ask()
         drift = divergence(model, state.deltas, lists.get("alpaca", lists["look-alikes"]), given.tokens)
     count = sum(value.numel() for value in state.deltas.named_parameters().values())
+    asked_of = [name for name in after if name != "perplexity"]
     changes = {
-        name: paired_difference(after[name]["refused"], before[name]["refused"]).to_json() for name in lists
+        name: paired_difference(after[name]["refused"], before[name]["refused"]).to_json()
+        for name in asked_of
     }
     return {
         "arm": arm,
@@ -364,12 +380,12 @@ def row(arm: str, seed: int, given: argparse.Namespace) -> dict[str, Any]:
         "stopped": state.stopped,
         "sound": loop.sound,
         "checked": checked(loop),
-        "refused": {name: after[name]["rate"] for name in lists},
+        "refused": {name: after[name]["rate"] for name in asked_of},
         "change": changes,
         "perplexity": after["perplexity"] / before["perplexity"],
         "divergence": drift,
         "checks": [check.record() for check in loop.judge.seen] if loop.judge else [],
-        "verdicts": {name: after[name]["refused"] for name in lists},
+        "verdicts": {name: after[name]["refused"] for name in asked_of},
         "seconds": time.monotonic() - started,
     }
 
