@@ -350,8 +350,8 @@ def _exchanged(value: Any, what: str) -> list[Any]:
 
 
 def _words(problem: Exception) -> str:
-    """What went wrong, without the lines of torch's and gloo's sources where it did."""
-    return re.sub(r"\[\S+:\d+\] ", "", " ".join(str(problem).split()))[:120]
+    """What went wrong: the first sentence, without the lines of torch's and gloo's sources where it did."""
+    return re.sub(r"\[\S+:\d+\] ", "", " ".join(str(problem).split())).split(". ")[0][:120]
 
 
 def _beside(work: Callable[[], object], seconds: float = math.inf) -> Exception | None:
