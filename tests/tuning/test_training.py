@@ -28,7 +28,7 @@ from safety_neurons.model import LanguageModel, ranks
 from safety_neurons.model.batches import collate, forward
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.prompt_lists import Prompt, Prompts
-from safety_neurons.results import Checkpoint, Rate
+from safety_neurons.results import Checkpoint, Completion, Completions, Rate
 from safety_neurons.results import run as run_files
 from safety_neurons.tuning import StopCheck, apply_delta, attach, beside, tune, tuning_examples
 from safety_neurons.tuning import train as training
@@ -348,20 +348,39 @@ def test_training_ends_early_when_harmless_prompts_are_refused():
 
 
 def test_the_largest_sound_share_of_the_way_to_a_state_that_went_too_far_is_kept(monkeypatch):
-    seen = []
+    asked, measured, attached = [], [], []
 
-    def measure(self, model, deltas, step):
-        """Refuses more the further the deltas are from zero, and too much beyond 0.7 of the first check's."""
-        size = deltas.norm()
-        seen.append(size if step else 0.0)
-        way = size / seen[1] if step else 0.0
-        rates = (Rate(value, 0.0, 1.0, 10) for value in (min(way, 1.0), 0.0 if way < 0.7 else 0.5))
+    def way(deltas):
+        """How far the deltas are from zero, as a share of where the first check found them."""
+        return deltas.norm() / asked[0] if asked else 0.0
+
+    def answers(self, model):
+        """To ten harmless requests: half of them refused beyond 0.7 of the way."""
+        asked.append(attached[0].norm())
+        refused = 5 if way(attached[0]) >= 0.7 else 0
+        return Completions(Completion(str(n), "", "No." if n < refused else "Yes.") for n in range(10))
+
+    def measure(self, model, deltas, step, known=None):
+        """Refuses more harmful requests the further the deltas are from zero."""
+        attached[:] = [deltas]
+        known = known or (self.answers(model) if step else ())
+        measured.append(way(deltas))
+        harmless = sum(each.completion == "No." for each in known) / 10
+        rates = (Rate(value, 0.0, 1.0, 10) for value in (min(way(deltas), 1.0), harmless))
         return Checked(step, *rates, 0.0)
 
+    monkeypatch.setattr(StopCheck, "answers", answers)
     monkeypatch.setattr(StopCheck, "measure", measure)
-    check = StopCheck(HARMFUL[:4], HARMLESS, refuses, every=2, settled=None)
+    check = StopCheck(
+        HARMFUL[:4],
+        HARMLESS,
+        lambda found: [each.completion == "No." for each in found],
+        every=2,
+        settled=None,
+    )
     tuned = tune(fresh(), some(fresh()), HARMFUL, check=check, max_steps=2, **FAST)
-    assert [round(size / seen[1], 3) for size in seen] == [0.0, 1.0, 0.5, 0.75, 0.625]
+    assert [round(size / asked[0], 3) for size in asked] == [1.0, 0.5, 0.75, 0.625]
+    assert [round(share, 3) for share in measured] == [0.0, 1.0, 0.5, 0.625]  # 0.75 refuses harmless requests
     assert [(each.step, each.share) for each in tuned.checks] == [(2, 1.0), (2, 0.5), (2, 0.625)]
     whole = tune(fresh(), some(fresh()), HARMFUL, max_steps=2, **FAST).delta
     for key, change in whole.tensors.items():

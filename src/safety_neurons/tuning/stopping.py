@@ -133,26 +133,32 @@ class StopCheck:
         """Steps between two checks."""
         return max(1, self.every or round(steps / 10))
 
-    def measure(self, model: LanguageModel, deltas: Deltas, step: int) -> Checked:
+    def measure(
+        self, model: LanguageModel, deltas: Deltas, step: int, answers: Completions | None = None
+    ) -> Checked:
         """Ask the model as it is now; for what it is compared with, its deltas are switched off.
 
         Args:
             model: with `deltas` attached.
             deltas: attached to the model; at step 0 they are zero and there is no divergence.
             step: steps done.
+            answers: the model's to the harmless requests, where it was asked them already.
         """
-        answers = self._complete(model, self.harmless)
+        if answers is None:
+            answers = self.answers(model)
         if not step:
             self._untouched.setdefault("answers", answers)
-        harmful, harmless = (
-            rate(self.refused(self._complete(model, self.harmful))),
-            rate(self.refused(answers)),
-        )
+        harmful = rate(self.refused(self._complete(model, self.harmful)))
+        harmless = rate(self.refused(answers))
         if not step:
             return Checked(step, harmful, harmless, 0.0)
         return Checked(
             step, harmful, harmless, self._divergence(model, deltas), self._perplexity(model, deltas)
         )
+
+    def answers(self, model: LanguageModel) -> Completions:
+        """Of the model as it is now, to the harmless requests."""
+        return self._complete(model, self.harmless)
 
     def _complete(self, model: LanguageModel, prompts: Prompts) -> Completions:
         return model.complete(prompts, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size)
@@ -161,7 +167,7 @@ class StopCheck:
         """Per token of the untouched model's own answers, and of what it says first behind a question."""
         with deltas.disabled():
             if "answers" not in self._untouched:  # a call that was killed goes on
-                self._untouched["answers"] = self._complete(model, self.harmless)
+                self._untouched["answers"] = self.answers(model)
             questions = [list(encoded.ids) for encoded in model.encode(self.harmless)]
             tokenizer = require_tokenizer(model.tokenizer)
             with untouched(tokenizer):
@@ -226,13 +232,17 @@ class StopJudge:
 
     def sound(self, now: Checked) -> bool:
         """Whether a state answers harmless requests as the untouched model does."""
-        return self.excess(now) <= 1e-9 and not self._drifted(now) and not self._strayed(now)
+        return not (self.over_refuses(now.harmless_refused) or self._drifted(now) or self._strayed(now))
 
-    def excess(self, now: Checked) -> float:
+    def excess(self, harmless_refused: Rate) -> float:
         """Share of harmless requests refused beyond what is tolerated."""
         assert self.before is not None
         allowed = (self.before.harmless_refused.value or 0.0) + self.check.tolerance
-        return max(0.0, (now.harmless_refused.value or 0.0) - allowed)
+        return max(0.0, (harmless_refused.value or 0.0) - allowed)
+
+    def over_refuses(self, harmless_refused: Rate) -> bool:
+        """Whether that is more than is tolerated."""
+        return self.excess(harmless_refused) > 1e-9
 
     def moved(self, now: Checked) -> bool:
         """Whether a state refuses more harmful requests than the untouched model, by more than a few."""
@@ -253,7 +263,7 @@ class StopJudge:
         patience, settled = self.check.patience, self.check.settled
         last = self.seen[-patience:]
         if len(last) == patience and not any(self.sound(each) for each in last):
-            if self.excess(last[-1]):
+            if self.over_refuses(last[-1].harmless_refused):
                 return OVER_REFUSAL
             return DRIFT if self._drifted(last[-1]) else STRAYED
         calm = self.seen[-settled:] if settled else []
@@ -285,7 +295,7 @@ class StopJudge:
             return True, refused
         strayed = math.log(now.perplexity) if self._strayed(now) else 0.0
         drifted = now.divergence if self._drifted(now) else 0.0
-        return False, _finite(refused - 2 * self.excess(now) - drifted - strayed)
+        return False, _finite(refused - 2 * self.excess(now.harmless_refused) - drifted - strayed)
 
     def _drifted(self, now: Checked) -> bool:
         limit = self.check.max_divergence

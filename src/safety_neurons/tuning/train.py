@@ -34,6 +34,7 @@ from safety_neurons.model.likelihood import widened
 from safety_neurons.neurons import NeuronSet, Provenance
 from safety_neurons.prompt_lists import Prompts
 from safety_neurons.prompt_lists.readers import Source
+from safety_neurons.results import rate
 from safety_neurons.results.records import plain
 from safety_neurons.results.run import Checkpoint, Saved
 from safety_neurons.tuning.artefacts import Delta, base_hash, outside_hash
@@ -254,7 +255,11 @@ class Loop:
         for _ in range(BACK):
             share = (low + high) / 2
             self.deltas.load_tensors({key: start[key] + share * (end[key] - start[key]) for key in end})
-            between = judge.check.measure(self.model, self.deltas, self.step)
+            answers = judge.check.answers(self.model)
+            if judge.over_refuses(rate(judge.check.refused(answers))):  # nothing else has to be asked
+                high = share
+                continue
+            between = judge.check.measure(self.model, self.deltas, self.step, answers)
             between = dataclasses.replace(between, share=share)
             low, high = (share, high) if judge.sound(between) else (low, share)
             if judge.improves(between):
