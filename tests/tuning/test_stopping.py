@@ -22,6 +22,7 @@ from safety_neurons.tuning.stopping import (
     Checked,
     StopCheck,
     StopJudge,
+    TrustRegion,
 )
 from tiny import tiny_llama, tiny_tokenizer
 
@@ -176,3 +177,28 @@ def test_a_check_measures_divergence_from_the_untouched_model_to_the_tuned_one()
         1,
     )
     assert np.isfinite(found.divergence)
+
+
+def test_where_harmless_requests_are_refused_the_anchor_gets_heavier_and_no_lighter_until_they_are_answered():
+    judge, _ = judged([], tolerance=0.05, max_divergence=0.05)
+    region = TrustRegion.of(judge.check, 4.0, adapts=True)
+
+    def far_from_its_limit():
+        for _ in range(40):
+            region.stepped({"harmless": 0.001}, rising=True)
+        return region.weight
+
+    assert not region.checked(judge, at(1, 0.9, 0.3))  # 0.1 before, 0.05 more allowed
+    assert far_from_its_limit() == 8.0
+    for step in range(2, 6):
+        region.checked(judge, at(step, 0.9, 0.3))
+    assert far_from_its_limit() == 16.0  # four times what it began with, at most
+    region.checked(judge, at(6, 0.9, 0.1))
+    assert far_from_its_limit() < 4.0
+
+
+def test_a_number_as_rate_leaves_the_anchor_as_it_is_whatever_is_refused():
+    judge, _ = judged([], tolerance=0.05, max_divergence=0.05)
+    region = TrustRegion.of(judge.check, 4.0, adapts=False)
+    region.checked(judge, at(1, 0.9, 0.9))
+    assert region == TrustRegion.of(judge.check, 4.0, adapts=False)

@@ -57,7 +57,9 @@ class Checking:
             nats; None for no limit.
         max_perplexity: of general text, times the untouched model's; None for no limit.
         share: of the prompts of each kind that is held out.
-        most: prompts of each kind that are held out at most.
+        most: harmful prompts, and pieces of text, that are held out at most.
+        most_harmless: harmless prompts that are held out at most; more, since a few of them decide whether a
+            state is sound.
     """
 
     every: int | None = None
@@ -66,6 +68,7 @@ class Checking:
     max_perplexity: float | None = 1.02
     share: float = 0.2
     most: int = 32
+    most_harmless: int = 96
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,7 +284,7 @@ def hold_out(
         return data, harmless, general, None
     learnt, harmful = split(data, check.share, check.most, settings.seed)
     source = harmless if harmless is not None else model.prompts("builtin:harmless")
-    others, friendly = split(source, check.share, check.most, settings.seed)
+    others, friendly = split(source, check.share, check.most_harmless, settings.seed)
     if min(len(harmful), len(friendly)) < LEAST_HELD_OUT:
         notes.append(
             f"{len(data)} harmful and {len(source)} harmless prompts are too few to hold some out: there "

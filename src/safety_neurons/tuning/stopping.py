@@ -333,8 +333,9 @@ class TrustRegion:
     gets heavier, where it is far below lighter. Once, a few steps behind the warm-up: where the divergence is
     below half of what the checks allow, the steps become as much larger as it is too small, at most four
     times. Of every check: a state that is too far from the untouched model is left for the best sound one,
-    and the steps are halved; where sound states do not yet refuse and have hardly moved, the steps are
-    doubled.
+    and the steps are halved; where too many harmless requests are refused, the anchor gets twice as heavy,
+    and no lighter until a check finds that they are answered; where sound states do not yet refuse and have
+    hardly moved, the steps are doubled.
 
     Attributes:
         weight: of the divergence in the loss, now.
@@ -343,6 +344,7 @@ class TrustRegion:
         strain: divergence by these limits, the larger of both, averaged over about ten steps.
         anchor: the weight it began with.
         risen: steps behind the warm-up.
+        over: whether the last check found too many harmless requests refused.
 
     Source: Schulman et al., 2017 (PPO), section 4 (a penalty on KL whose weight follows the divergence).
     Differs: divergence from the untouched model on harmless text, not from the last policy; the step's size
@@ -355,6 +357,7 @@ class TrustRegion:
     strain: float = 0.0
     anchor: float = 0.0
     risen: int = 0
+    over: bool = False
 
     @classmethod
     def of(cls, check: StopCheck | None, anchor: float, *, adapts: bool) -> "TrustRegion":
@@ -389,13 +392,16 @@ class TrustRegion:
             self.scale = min(self.scale * min(AIMED / max(self.strain, 1e-9), FARTHEST), MOST)
         if self.strain > 1:
             self.weight = min(self.weight * HEAVIER, self.anchor * HEAVIEST)
-        elif self.strain < 0.5:
+        elif self.strain < 0.5 and not self.over:
             self.weight = max(self.weight * LIGHTER, self.anchor / HEAVIEST)
 
     def checked(self, judge: StopJudge, now: Checked) -> bool:
         """Take note of a check; whether its state is to be left for the best sound one."""
         if not self.limits:
             return False
+        self.over = judge.over_refuses(now.harmless_refused)
+        if self.over:  # the mean divergence can be small where a few requests are refused outright
+            self.weight = min(self.weight * 2, self.anchor * HEAVIEST)
         if judge.strayed(now) >= LEFT:
             self.scale, self.strain = max(self.scale / 2, 1 / MOST), 0.5
             return True
