@@ -1,5 +1,6 @@
 """`--dry-run`: every verb that loads a model plans from a config.json alone, and the others say why not."""
 
+import dataclasses
 import json
 import pathlib
 from functools import partial
@@ -191,6 +192,28 @@ def test_layers_of_a_search_are_those_of_its_plan(tmp_path: pathlib.Path) -> Non
     assert scored > 0
     assert one["flops"] == last["flops"]
     assert whole["flops"] - none["flops"] == pytest.approx(4 * scored)
+
+
+def test_layers_past_the_model_are_refused_with_its_depth_by_every_verb_that_takes_layers(
+    tmp_path: pathlib.Path,
+) -> None:
+    folder = tiny_llama_folder(tmp_path / "model", num_hidden_layers=4)
+    for name in VERBS:
+        load(name)
+    taking = 0
+    for verb, parts in DECLARED.items():
+        options = {one.name: one for part in parts for one in part.options()}
+        if "layers" in options:
+            models = [
+                word
+                for one in options.values()
+                if one.default is dataclasses.MISSING
+                for word in (one.flag, folder)
+            ]
+            said = refused(*verb.split(), *models, "--layers", "3:9", "--dry-run", code=2)
+            assert "--layers '3:9' reaches outside of the 4 layers" in said, verb
+            taking += 1
+    assert taking > 20
 
 
 @pytest.mark.parametrize("n_prompts", [MIN_HALVED - 1, MIN_HALVED + 1])

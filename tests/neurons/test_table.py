@@ -9,6 +9,7 @@ from neuron_strategies import TABLE, table
 
 from safety_neurons.errors import NeuronError, UsageError
 from safety_neurons.neurons import (
+    NeuronSet,
     Provenance,
     SiteInfo,
     SiteTable,
@@ -184,10 +185,22 @@ def test_a_range_of_layers_leaves_its_end_out(text, layers):
     assert parse_layers(text, 6) == layers
 
 
-@pytest.mark.parametrize("layers", ["a:b", "", "3:3", "9", "6:", range(4, 8), [7], "1:2:3"])
+@pytest.mark.parametrize("layers", ["a:b", "", "3:3", "9", "6:", "-7:2", range(4, 8), [7], "1:2:3"])
 def test_layers_that_the_model_lacks_or_that_are_no_range_are_refused(layers):
     with pytest.raises(UsageError):
         parse_layers(layers, 6)
+
+
+@pytest.mark.parametrize("layers", ["3:9", "0:7", ":7", "-7:", "8:9"])
+def test_a_range_that_reaches_past_the_model_is_refused_and_not_cut(layers):
+    with pytest.raises(UsageError, match="outside of the 6 layers, 0 to 5"):
+        parse_layers(layers, 6)
+
+
+def test_a_set_that_does_not_know_its_model_takes_layers_behind_its_last_member():
+    found = NeuronSet({"layers.1.down": [4], "layers.3.down": [2]}).only(layers="2:8")
+    assert found.keys() == ["layers.3.down"]
+    assert found.provenance.config["layers"] == [2, 3, 4, 5, 6, 7]
 
 
 def test_sites_come_back_in_their_own_order_and_unknown_ones_are_refused():

@@ -358,7 +358,8 @@ def parse_layers(layers: "range | str | int | Iterable[int] | None", n_layers: i
         n_layers: layers of the model.
 
     Raises:
-        UsageError: the text is not a range, or a layer is outside the model.
+        UsageError: the text is not a range, or a layer is outside the model; an end that reaches past its
+            layers is not cut.
     """
     if layers is None:
         return tuple(range(n_layers))
@@ -376,15 +377,19 @@ def parse_layers(layers: "range | str | int | Iterable[int] | None", n_layers: i
 def _layers_of_text(text: str, n_layers: int) -> tuple[int, ...]:
     match = re.fullmatch(r"\s*(-?\d+)?\s*(:)?\s*(-?\d+)?\s*", text)
     if match is None or (match[2] is None and (match[1] is None or match[3] is not None)):
-        raise UsageError(f"layers {text!r} is not a range; expected A:B (B excluded) or one number")
+        raise UsageError(f"--layers {text!r} is not a range; expected A:B (B excluded) or one number")
     if match[2] is None:
         number = int(match[1])
         return parse_layers(number + n_layers if number < 0 else number, n_layers)
-    chosen = tuple(range(n_layers))[
-        slice(*(None if end is None else int(end) for end in (match[1], match[3])))
-    ]
+    ends = [None if end is None else int(end) for end in (match[1], match[3])]
+    if any(end is not None and abs(end) > n_layers for end in ends):
+        raise UsageError(
+            f"--layers {text!r} reaches outside of the {n_layers} layers, 0 to {n_layers - 1}; give A:B with "
+            f"B at most {n_layers}, or leave the end out"
+        )
+    chosen = tuple(range(n_layers))[slice(*ends)]
     if not chosen:
-        raise UsageError(f"layers {text!r} selects none of the layers 0 to {n_layers - 1}; widen the range")
+        raise UsageError(f"--layers {text!r} selects none of the layers 0 to {n_layers - 1}; widen the range")
     return chosen
 
 
@@ -392,10 +397,13 @@ def layers_within(
     keys: Iterable[str], layers: "range | str | int | Iterable[int] | None", n_layers: int | None
 ) -> tuple[int, ...]:
     """The layer numbers that `layers` means, in a model of `n_layers` layers or, where None, one as deep as
-    the keys.
+    the keys or the range.
     """
-    depth = n_layers if n_layers is not None else max((parse_key(key).layer for key in keys), default=0) + 1
-    return parse_layers(layers, depth)
+    if n_layers is None:
+        n_layers = max((parse_key(key).layer for key in keys), default=0) + 1
+        if isinstance(layers, str) and ":" in layers:  # The model may well have layers without a member.
+            n_layers = max(n_layers, *map(int, re.findall(r"\d+", layers)), 1)
+    return parse_layers(layers, n_layers)
 
 
 def keys_within(
