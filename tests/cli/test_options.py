@@ -2,18 +2,24 @@
 instead.
 """
 
+import ast
 import importlib.util
 import inspect
 import json
 import pathlib
+import re
 
 import pytest
 from running import command, done, refused
 
+import safety_neurons
 from safety_neurons.cli import session as options
-from safety_neurons.cli.verb import DECLARED, build
+from safety_neurons.cli.guard import Variants
+from safety_neurons.cli.verb import DECLARED, VERBS, build, load
+from safety_neurons.errors import UsageError
 
 CONTRAST = ["find", "contrast", "--base", "nowhere/b", "--aligned", "nowhere/a"]
+GUARDED = ["--model", "nowhere/m", "--guard", "nowhere"]
 VERIFY = ["verify", "deactivate", "--model", "nowhere/m"]
 
 
@@ -84,11 +90,61 @@ def _nothing_is_loaded(monkeypatch, tmp_path):
         (["find", "magic"], "magic"),
         (["dance"], "dance"),
         ([*CONTRAST, "--colour", "red"], "--colour"),
+        (["find", "mask", *CONTRAST[2:], "--units", "3", "--top", "0.1"], "neither --top nor --count"),
+        (
+            ["import", "attacks", "f.txt", "--as", "lists"],
+            "--as 'lists' is unknown; expected one of prompts, ",
+        ),
+        (
+            ["guard", "serve", *GUARDED, "--on-unsafe", "refus"],
+            "--on-unsafe 'refus' is unknown; expected one of refuse, ",
+        ),
+        (["guard", "serve", *GUARDED, "--timeout", "0"], "--timeout 0.0: expected above 0"),
     ],
     ids=lambda value: " ".join(value[-2:]) if isinstance(value, list) else "",
 )
 def test_wrong_words_are_refused_before_anything_is_loaded(words, said):
     assert said in refused(*words, code=2)
+
+
+@pytest.mark.parametrize("option", ["attacks", "perturbations"])
+def test_a_list_of_names_that_takes_all_and_none_says_so_of_a_wrong_name(option):
+    for words in ("all", "none"):
+        Variants(**{option: words}).check()
+    for words, wrong in (("nonne", "nonne"), ("all,none", "all")):
+        with pytest.raises(UsageError, match=f"{option} '{wrong}' is unknown; expected all, none or some of"):
+            Variants(**{option: words}).check()
+
+
+def test_no_message_names_an_option_by_its_field():
+    """Messages name `--on-unsafe`, which `errors` turns into `on_unsafe` for who calls from Python."""
+    for name in VERBS:
+        load(name)
+    fields = {
+        one.name
+        for kinds in DECLARED.values()
+        for kind in kinds
+        for one in kind.options()
+        if "_" in one.name and one.flag == f"--{one.name.replace('_', '-')}"
+    }
+    assert {"on_unsafe", "top_per_matrix", "as_published", "max_new_tokens"} <= fields
+    field = re.compile(rf"(?<![\w.`'])({'|'.join(sorted(fields))})(?![\w(='])")
+    assert field.search("leave as_published out")
+    named = [
+        f"{path.name}:{node.lineno} {text}"
+        for path in pathlib.Path(safety_neurons.__file__).parent.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args
+        for text in words_of(node.exc.args[0])
+        if field.search(text)
+    ]
+    assert named == []
+
+
+def words_of(message: ast.expr) -> list[str]:
+    """What is written out in a message, without what is put into it."""
+    parts = message.values if isinstance(message, ast.JoinedStr) else [message]
+    return [str(part.value) for part in parts if isinstance(part, ast.Constant)]
 
 
 def test_an_empty_text_is_refused_by_every_verb_and_option_but_where_it_says_something():

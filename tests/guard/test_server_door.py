@@ -236,7 +236,7 @@ def test_without_a_token_only_this_machine_by_its_name_is_answered():
         ({"upstream": "http://user:pass@example.org/v1"}, "no user or password"),
         ({"upstream": "http://example.org/v1", "upstream_key": "secret-key"}, "expected https"),
         ({"upstream": "http://[bad/v1"}, "expected an address"),
-        ({"on_unsafe": "ignore"}, "refuse"),
+        ({"on_unsafe": "ignore"}, "^on_unsafe 'ignore': expected refuse or error"),
     ],
 )
 def test_settings_that_would_be_open_are_refused(settings, word):

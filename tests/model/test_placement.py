@@ -70,7 +70,7 @@ def test_device_maps_are_strategies_devices_or_json() -> None:
 def test_what_contradicts_itself_or_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match=r"quantize '2bit': expected one of none, 8bit, 4bit"):
         Placement.of(None, {"quantize": "2bit"})
-    with pytest.raises(UsageError, match="device cpu and a device_map or memory limits"):
+    with pytest.raises(UsageError, match="device cpu and device_map or memory limits"):
         Placement.of("cpu", {"max_memory": "cpu=1GiB"})
     with pytest.raises(UsageError, match="expected one of them"):
         Placement.of(None, {"quantize": "8bit", "load_in_4bit": True})

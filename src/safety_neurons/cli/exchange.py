@@ -32,7 +32,7 @@ class Foreign(Declaration):
     """How they were made, where the file does not say."""
     source_model: str | None = None
     """The model they were made on, where the file does not say."""
-    read_as: Annotated[str, Flag("--as")] = "prompts"
+    read_as: Annotated[str, Flag("--as"), OneOf("prompts", "suffixes", "templates")] = "prompts"
     """What a plain list holds: prompts, suffixes or templates."""
     adaptive: bool = False
     """They were optimised on the model they will be used on."""

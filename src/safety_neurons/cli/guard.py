@@ -22,6 +22,7 @@ OtherSource = Annotated[str, Reads("prompts", column=True, words=("none",))]
 UnsafeAnswers = Annotated[str, Reads("prompts", answers="harmful_answer_column", several=True)]
 SafeAnswers = Annotated[str, Reads("prompts", answers="harmless_answer_column", several=True)]
 SeveralLists = Annotated[str, Reads("prompts", column=True, several=True)]
+Seconds = Annotated[float, Between(0, above=True)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -449,12 +450,27 @@ class Variants(Declaration):
     PANEL: ClassVar[str | None] = "How requests are changed"
 
     attacks: str | None = None
-    """Comma-separated wrappers around both kinds, or all."""
+    """Comma-separated wrappers around both kinds, all or none."""
     perturbations: str = ALL
     """Comma-separated changes of wording, all or none."""
     variant_limit: Positive = 500
     """Requests of either kind in each attack and perturbation."""
 
+
+    def check(self) -> None:
+        """Also the names."""
+        super().check()
+        _ = self.chosen
+
+    @property
+    def chosen(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Names of the attacks and of the perturbations."""
+        from safety_neurons.studies.guard_data import ATTACKS, PERTURBATIONS
+
+        return (
+            chosen("--attacks", self.attacks, ATTACKS),
+            chosen("--perturbations", self.perturbations, PERTURBATIONS),
+        )
 
 @dataclasses.dataclass(frozen=True)
 class Outputs(Declaration):
@@ -490,7 +506,6 @@ def evaluate(
         from safety_neurons.model.gguf import REAL, packaged
         from safety_neurons.results.run import write_json
         from safety_neurons.studies.guard_baselines import neuron_counts
-        from safety_neurons.studies.guard_data import ATTACKS, PERTURBATIONS
         from safety_neurons.studies.guard_evaluation import evaluate_guard
         from safety_neurons.studies.guard_outputs import stopped_answers
 
@@ -509,7 +524,7 @@ def evaluate(
         def read(name: str) -> list[Any]:
             return session.lists(name, model, None if name.startswith("fit") else some.limit)
 
-        attacks, left_out = chosen(variants.attacks, ATTACKS), listed(baselines.leave_out) or ()
+        (attacks, perturbations), left_out = variants.chosen, listed(baselines.leave_out) or ()
         with session.status("guard evaluate") as progress:
             evaluation = evaluate_guard(
                 model,
@@ -520,7 +535,7 @@ def evaluate(
                 fit_safe=read("fit_safe") or None,
                 over_refusal=read("over_refusal"),
                 attacks=attacks,
-                perturbations=chosen(variants.perturbations, PERTURBATIONS),
+                perturbations=perturbations,
                 leave_out=left_out,
                 random=baselines.random,
                 encoder=encoder,
@@ -589,11 +604,17 @@ def answers_of(
     return {**answered.record(), "completions": str(file)}
 
 
-def chosen(text: str | None, known: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names of a comma-separated list; `all` for every known one, `none` for none."""
-    if text in (None, "none"):
-        return ()
-    return tuple(known) if text == ALL else listed(text) or ()
+def chosen(flag: str, text: str | None, known: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of a comma-separated list; `all` for every known one, `none` for none.
+
+    Raises:
+        UsageError: a name that is not known.
+    """
+    names = () if text in (None, "none") else tuple(known) if text == ALL else listed(text) or ()
+    wrong = next((name for name in names if name not in known), None)
+    if wrong is not None:
+        raise UsageError(f"{flag} {wrong!r} is unknown; expected all, none or some of {', '.join(known)}")
+    return names
 
 
 INSTALL = "pip install 'safety-neurons[serve]'"
@@ -640,7 +661,7 @@ class Guarding(Declaration):
     """A threshold of your own in its place."""
     force: bool = False
     """Serve a guard that may stop nothing."""
-    on_unsafe: str = "refuse"
+    on_unsafe: Annotated[str, OneOf("refuse", "error")] = "refuse"
     """refuse with a text, or answer with an error."""
     refusal: str | None = None
     """Text of the refusal."""
@@ -688,17 +709,17 @@ class Limited(Declaration):
     """Bytes of all requests under way; more get 429."""
     max_batch: Positive = 32
     """Prompts judged together."""
-    timeout: float = 30.0
+    timeout: Seconds = 30.0
     """Seconds for a verdict; later is not safe."""
-    upstream_timeout: float = 120.0
+    upstream_timeout: Seconds = 120.0
     """Seconds of silence of the upstream."""
     max_connections: Positive | None = None
     """Connections. [default: what the limit of descriptors has room for]"""
-    header_timeout: float = 10.0
+    header_timeout: Seconds = 10.0
     """Seconds for a request's head to arrive."""
-    body_timeout: float = 10.0
+    body_timeout: Seconds = 10.0
     """Seconds for a body to arrive."""
-    idle_timeout: float = 75.0
+    idle_timeout: Seconds = 75.0
     """Seconds between two requests of a connection."""
 
 

@@ -390,7 +390,7 @@ def score_direction(method: RefusalDirection, run: Run) -> Scored:
     assert run.harmless is not None
     n_layers = len(model.anatomy.layers)
     if layer is not None and not 0 <= layer < n_layers:
-        raise UsageError(f"layer {layer}: expected 0 to {n_layers - 1}")
+        raise UsageError(f"--layer {layer}: expected 0 to {n_layers - 1}")
     writers = list(dict.fromkeys(_writer(key) for key in run.sizes if _writer(key)))
     with torch.no_grad():
         encoded = [model.encode(text) for text in (run.prompts, run.harmless)]

@@ -626,8 +626,8 @@ def _keys(method: Importance, run: Run) -> tuple[str, ...]:
         run.notes.append("the public code has no score for gate; gate is left out")
         if any(".experts." in key for key in keys):
             raise UnsupportedModelError(
-                "experts have no published score: leave as_published out, or score q, k, v and o only "
-                "(--sites q,k,v,o)"
+                "experts have no published score: leave --as-published out, or score q, k, v and o "
+                "only (--sites q,k,v,o)"
             )
     refused = [key for key in model.anatomy.refused if key.rsplit(".", 1)[-1] in sites]
     if refused:

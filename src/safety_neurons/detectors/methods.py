@@ -279,7 +279,7 @@ class Mask(Method, Sized):
         """Also that the size is given once."""
         super().check()
         if self.units is not None and (self.top is not None or self.count is not None):
-            raise UsageError(f"units {self.units}: expected neither top nor count beside it")
+            raise UsageError(f"--units {self.units}: expected neither --top nor --count beside it")
 
     def config(self, run: Any) -> dict[str, Any]:
         """Without the size, which the search adds as it was found."""

@@ -69,7 +69,7 @@ def _widened(values: Tensor) -> Tensor:
 def writer_of(base: LanguageModel, aligned: LanguageModel, generate_with: str) -> LanguageModel:
     """The model that writes the completions."""
     if generate_with not in ("base", "aligned"):
-        raise UsageError(f"generate-with {generate_with!r} is unknown: use base or aligned")
+        raise UsageError(f"--generate-with {generate_with!r} is unknown; expected base or aligned")
     return base if generate_with == "base" else aligned
 
 

@@ -98,14 +98,14 @@ class Decoding:
         if wrong is not None:
             raise UsageError(f"argument {wrong!r} of generate() arrived: give {_INSTEAD[wrong]} instead")
         if self.max_new_tokens < 1:
-            raise UsageError(f"max_new_tokens {self.max_new_tokens}: expected at least 1")
+            raise UsageError(f"--max-new-tokens {self.max_new_tokens}: expected at least 1")
         if self.sample and self.temperature <= 0:
             raise UsageError(
-                f"temperature {self.temperature}: expected more than 0; leave sampling out for greedy "
+                f"--temperature {self.temperature}: expected more than 0; leave sampling out for greedy "
                 "decoding"
             )
         if self.sample and not 0 < self.top_p <= 1:
-            raise UsageError(f"top_p {self.top_p}: expected more than 0 and at most 1")
+            raise UsageError(f"--top-p {self.top_p}: expected more than 0 and at most 1")
         if int((self.others or {}).get("num_return_sequences", 1)) != 1:
             raise UsageError(
                 "num_return_sequences: expected one answer a prompt; give the prompt several times, or "

@@ -143,7 +143,7 @@ class Placement:
         )
         chosen = None if device is None or str(device) == "auto" else device
         if chosen is not None and (places is not None or limits is not None):
-            raise UsageError(f"--device {device} and a device_map or memory limits: expected one of them")
+            raise UsageError(f"--device {device} and --device-map or memory limits: expected one of them")
         if limits is not None:
             arguments["max_memory"] = limits
             places = "auto" if places is None else places

@@ -64,28 +64,30 @@ class Selection:
 
     def __post_init__(self) -> None:
         given = [
-            name
+            f"--{name.replace('_', '-')}"
             for name in ("top", "count", "top_per_matrix", "threshold")
             if getattr(self, name) is not None
         ]
         if len(given) != 1:
             raise UsageError(
-                f"selection by {' and '.join(given) or 'nothing'}; expected exactly one of top, count, "
-                "top_per_matrix, threshold"
+                f"selection by {' and '.join(given) or 'nothing'}; expected exactly one of --top, --count, "
+                "--top-per-matrix, --threshold"
             )
         if self.top is not None and not 0 <= self.top <= 1:
             raise UsageError(
-                f"top {self.top} is not a share; expected a number from 0 to 1 (0.05 for five per cent)"
+                f"--top {self.top} is not a share; expected a number from 0 to 1 (0.05 for five per cent)"
             )
         for name in ("count", "top_per_matrix"):
             value = getattr(self, name)
             if value is not None and value < 0:
-                raise UsageError(f"{name} {value} is negative; expected a number of neurons")
+                raise UsageError(
+                    f"--{name.replace('_', '-')} {value} is negative; expected a number of neurons"
+                )
         if self.threshold is not None and math.isnan(self.threshold):
-            raise UsageError("threshold is not a number; expected a score")
+            raise UsageError("--threshold is not a number; expected a score")
         if self.agreement is not None and not 0 < self.agreement <= 1:
             raise UsageError(
-                f"agreement {self.agreement} is not a share of the prompts; expected above 0 and at most 1"
+                f"--agreement {self.agreement} is not a share of the prompts; expected above 0 and at most 1"
             )
 
     @staticmethod

@@ -90,7 +90,7 @@ def tuning_examples(
     """
     if max_length < 8:
         raise UsageError(
-            f"max_length {max_length}: expected at least 8 tokens, for a question and its answer"
+            f"--max-length {max_length}: expected at least 8 tokens, for a question and its answer"
         )
     limit = min(max_length, model.max_length or max_length)
     answered = [prompt for prompt in prompts if prompt.answer and prompt.answer.strip()]

@@ -63,7 +63,7 @@ class Training(Declaration):
     """Largest norm of the trained entries' gradient."""
     weight_decay: NotNegative = 0.0
     """Pull towards the base."""
-    max_length: int = 512
+    max_length: Annotated[int, Between(8)] = 512
     """Tokens of an example."""
 
     def check(self) -> None:

@@ -131,7 +131,7 @@ class Settings:
     def __post_init__(self) -> None:
         if self.token is None and not is_local(self.host):
             raise UsageError(
-                f"host {self.host!r} without a token: others can reach it; set the variable "
+                f"--host {self.host!r} without a token: others can reach it; set the variable "
                 f"{TOKEN_VARIABLE} or bind to 127.0.0.1"
             )
         if self.token is not None and (
@@ -146,7 +146,7 @@ class Settings:
         ):
             raise UsageError(f"the key in {UPSTREAM_KEY_VARIABLE}: expected printable ASCII characters")
         if self.on_unsafe not in ("refuse", "error"):
-            raise UsageError(f"on_unsafe {self.on_unsafe!r}: expected 'refuse' or 'error'")
+            raise UsageError(f"--on-unsafe {self.on_unsafe!r}: expected refuse or error")
         if self.upstream is not None:
             _check_upstream(self.upstream, self.upstream_key)
 
@@ -157,10 +157,10 @@ def _check_upstream(url: str, key: str | None) -> None:
         _ = parts.port
     except ValueError as error:
         raise UsageError(
-            f"upstream {url!r}: {error}; expected an address such as http://localhost:8000/v1"
+            f"--upstream {url!r}: {error}; expected an address such as http://localhost:8000/v1"
         ) from None
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-        raise UsageError(f"upstream {url!r}: expected an address such as http://localhost:8000/v1")
+        raise UsageError(f"--upstream {url!r}: expected an address such as http://localhost:8000/v1")
     if parts.username or parts.password:
         raise UsageError(
             f"upstream at {parts.hostname}: expected no user or password in the address; put the key "
