@@ -3,6 +3,7 @@
 import copy
 import warnings
 
+import peft
 import pytest
 import torch
 import transformers
@@ -227,6 +228,26 @@ def test_repair_counts_the_references_adapters_in():
     neurons = some(model)
     repair(model, reference, neurons)
     assert equal(weights_of(reference, neurons), weights_of(model, neurons))
+
+
+def test_repair_puts_the_scales_of_a_reference_into_columns_of_a_model_whose_own_it_clears():
+    """(IA)³ on the down projection is on its input, in no weight: the columns came back without it."""
+    settings = peft.IA3Config(
+        target_modules=["down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"
+    )
+    base = tiny_llama().double()
+    reference, model = (peft.get_peft_model(copy.deepcopy(base), settings) for _ in range(2))
+    with torch.no_grad():
+        for one, low in ((reference, 0.5), (model, 2.0)):
+            for name, scale in one.named_parameters():
+                if "ia3_l" in name:
+                    scale.copy_(torch.linspace(low, low + 1, scale.numel()).view_as(scale))
+    before = reference(input_ids=IDS).logits
+    assert not torch.allclose(model(input_ids=IDS).logits, before)
+    table = LanguageModel(base).table
+    whole = NeuronSet.all(table).only(sites=["down"])
+    repair(LanguageModel(model), LanguageModel(reference), whole)
+    torch.testing.assert_close(model(input_ids=IDS).logits, before)
 
 
 def test_repair_says_what_a_coarser_type_rounds():

@@ -531,6 +531,8 @@ def repair(model: LanguageModel, reference: LanguageModel, neurons: NeuronSet) -
         )
     with reference.active():
         wanted = effective(reference, neurons)
+        for key, scale in _input_scales(reference, neurons).items():
+            wanted[key, "weight"] = wanted[key, "weight"] * scale
     mine = list(entries_of(model, neurons))
     weights = [entries for entries in mine if entries.kind == WEIGHT]
     if {entries.key for entries in weights if entries.name != "bias"} != set(neurons.keys()):
@@ -593,6 +595,26 @@ def effective(model: LanguageModel, neurons: NeuronSet) -> dict[tuple[str, str],
             if bias is not None:
                 parameters[key, "bias"] = bias[members].clone()
     return parameters
+
+
+def _input_scales(model: LanguageModel, neurons: NeuronSet) -> dict[str, Tensor]:
+    """By key what (IA)³ multiplies the inputs of the set's columns with.
+
+    It is on the activation, so that no weight has it; a model whose own scales are cleared needs it there.
+    """
+    found: dict[str, Tensor] = {}
+    for key, indices in neurons.items():
+        if parse_key(key).expert is not None:
+            continue
+        part = current_projection(model, key)
+        tuner: Any = part.tuner
+        if not part.scales_input or tuner.disable_adapters:
+            continue
+        for adapter in tuner.active_adapters:
+            if adapter in tuner.ia3_l and adapter not in tuner.merged_adapters:
+                scale = tuner.ia3_l[adapter].detach().flatten()[indices.tolist()]
+                found[key] = found[key] * scale if key in found else scale
+    return found
 
 
 def _bases(reference: LanguageModel, neurons: NeuronSet) -> set[Any]:
