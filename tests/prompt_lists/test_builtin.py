@@ -180,6 +180,13 @@ def test_a_folder_brings_its_own_prompts_under_the_same_names(tmp_path):
         prompts("builtin:harmful/cc", folder=tmp_path)
 
 
+def test_the_prompts_of_an_organism_are_named_after_it_and_not_after_their_folder(tmp_path):
+    folder = tmp_path / "natural" / "prompts"
+    folder.mkdir(parents=True)
+    write(folder / "harmful.jsonl", [{"text": "zap", "language": "en"}])
+    assert prompts("builtin:harmful", folder=folder).name == "builtin:harmful (of natural)"
+
+
 @pytest.mark.parametrize("name", ["harmful.bb.jsonl", "harmful/bb.jsonl"])
 def test_a_folder_may_have_one_file_a_language(tmp_path, name):
     (tmp_path / name).parent.mkdir(exist_ok=True)

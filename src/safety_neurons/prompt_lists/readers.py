@@ -530,9 +530,10 @@ def _builtin(source: str, column: str | None, answer_column: str | None, folder:
                 f"{source}: not there in {language!r}; expected one of "
                 f"{', '.join(known) or 'no language at all'}; choose one of them"
             )
-    return Prompts(
-        read, f"{source} (of {folder.name or folder})" if own and folder is not None else source, notes
-    )
+    if not own or folder is None:
+        return Prompts(read, source, notes)
+    whose = folder.parent if folder.name == "prompts" else folder
+    return Prompts(read, f"{source} (of {whose.name or whose})", notes)
 
 
 def _in_memory(
