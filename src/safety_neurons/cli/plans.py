@@ -474,13 +474,12 @@ def _progressive(planner: Planner) -> "list[Work]":
 def _tax(planner: Planner) -> "list[Work]":
     options = planner.options
     trainings = planner.n_models - 1
+    searched = {name: options[name] for name in ("sites", "layers", "positions")}
+    method = with_options("contrast", **searched, max_new_tokens=planner.longest)
     found = [
         work
         for _ in range(trainings)
-        for work in planner.found(
-            with_options("contrast", positions=options["positions"], max_new_tokens=planner.longest),
-            planner.lengths("prompts", "also", limit="find_limit"),
-        )
+        for work in planner.found(method, planner.lengths("prompts", "also", limit="find_limit"))
     ]
     arms = 1 + trainings + 2 * (1 + options["random"])
     return [*found, planner.asked(arms, "harmful", "harmless", models=2)]
