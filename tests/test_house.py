@@ -13,7 +13,7 @@ import safety_neurons
 
 SOURCE = pathlib.Path(safety_neurons.__file__).parent
 FLOORS = [
-    {"errors", "strict_json"},
+    {"errors", "counting", "strict_json"},
     {"declarations"},
     {"prompt_lists", "neurons", "results", "analysis", "display"},
     {"model"},

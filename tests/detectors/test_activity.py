@@ -83,7 +83,10 @@ def test_cna_is_the_difference_of_means_at_the_last_token(lm):
         )
     chosen = [differences[int(key.split(".")[1]), index] for key, index in found.neurons]
     more = sum(value > 0 for value in chosen)
-    assert f"of the 9 chosen neurons {more} are larger on harmful prompts and {9 - more}" in found.notes[-1]
+    assert (
+        f"of 9 chosen neurons larger on harmful prompts: {more}, on harmless ones: {9 - more}"
+        in found.notes[-1]
+    )
     for sign, side in (("harmful", 1), ("harmless", -1)):
         one = find_cna(lm, HARMFUL, **TEXTS, most_active=0, sign=sign, count=3)
         expected = np.maximum(side * differences[1], 0)

@@ -103,9 +103,9 @@ def test_prompts_in_both_lists_repeats_and_truncated_ones_are_left_out_and_count
     given = Prompts.from_list([*unsafe, unsafe[0].upper(), safe[3], "bomb " * 60], "unsafe")
     found = fit_guard(short, neurons, given, safe, pooling="last")
     notes = " | ".join(found.notes)
-    assert "1 unsafe prompts are repeats" in notes
-    assert "1 prompts are both unsafe and safe" in notes
-    assert "1 truncated prompts were left out" in notes
+    assert "1 unsafe prompt repeats others" in notes
+    assert "1 prompt is both unsafe and safe" in notes
+    assert "left out of the fit: 1 truncated prompt" in notes
     assert found.report["prompts"] == {"unsafe": 30, "safe": 29, "left_out": 1}
 
 
@@ -333,6 +333,6 @@ def test_readings_of_a_conversation_that_give_nan_are_left_out_and_told(neurons:
     assert 0 < len(rows[1]) < len(rows[2])
     assert np.isfinite(rows[1]).all()
     assert said_of_parts(unread) == [
-        "1 conversations have a reading that gave NaN or infinity: they count by their others"
+        "1 conversation has a reading that gave NaN or infinity: the others count"
     ]
     assert said_of_parts(set()) == []

@@ -242,7 +242,7 @@ def test_gradients_take_arithmetic_and_memory_from_the_first_layer_of_a_method_o
 def test_an_estimate_reads_as_a_few_lines() -> None:
     lm = LanguageModel(tiny_llama(max_position_embeddings=8), tiny_tokenizer(CHAT_TEMPLATE))
     text = str(estimate([lm], Prompts.from_list(["kill " * 20])))
-    for part in ("1 prompts", "1 prompts longer than the context", "memory about", "float32", "disk about"):
+    for part in ("1 prompt, ", "1 prompt longer than the context", "memory about", "float32", "disk about"):
         assert part in text
 
 

@@ -157,9 +157,7 @@ def test_a_file_without_one_of_its_weights_is_refused_each_time_and_nothing_of_i
 ):
     path = written(original, tmp_path / "model-00001-of-00002.gguf", without="blk.1.ffn_up.weight")
     for _ in range(2):
-        with pytest.raises(
-            ModelError, match=r"1 weights .* not in the file \(model\.layers\.1\.mlp\.up_proj"
-        ):
+        with pytest.raises(ModelError, match=r"1 weight .* not in the file \(model\.layers\.1\.mlp\.up_proj"):
             sn.load(path)
     assert [place for place in cache.iterdir() if place.is_dir()] == []
 

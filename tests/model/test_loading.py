@@ -143,7 +143,7 @@ def test_weights_that_are_missing_or_of_another_shape_are_errors(base, tmp_path)
     weights = load_file(folder / "model.safetensors")
     weights.pop("model.layers.1.mlp.up_proj.weight")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=r"1 weights are missing.*layers\.1\.mlp\.up_proj"):
+    with pytest.raises(ModelError, match=r"1 weight is missing.*layers\.1\.mlp\.up_proj"):
         load(folder)
     wrong = _copy(base, tmp_path / "wrong")
     config = json.loads((wrong / "config.json").read_text())
@@ -412,7 +412,7 @@ def test_weights_that_the_model_does_not_have_are_an_error(base, tmp_path, kind,
         (folder / "model.safetensors.index.json").write_text(
             json.dumps({"metadata": {}, "weight_map": files})
         )
-    with pytest.raises(ModelError, match="1 weights of the files are not in the model") as error:
+    with pytest.raises(ModelError, match="1 weight of the files not in the model") as error:
         load(folder)
     assert next(iter(LEFT_OVER[kind])) in str(error.value)
     assert _one_line(error)
@@ -424,7 +424,7 @@ def test_weights_that_a_header_says_are_whole_numbers_are_an_error(base, tmp_pat
     folder = _saved(
         _copy(base, tmp_path / "lying"), lambda weights: weights.update({name: weights[name].to(lie)})
     )
-    with pytest.raises(ModelError, match=rf"1 weights are whole numbers by their files \({name}\)") as error:
+    with pytest.raises(ModelError, match=rf"1 weight of whole numbers by the files \({name}\)") as error:
         load(folder)
     assert _one_line(error)
 
@@ -465,7 +465,7 @@ def test_of_two_weights_of_one_place_it_is_noted_which_is_read(base, tmp_path):
 
 
 def test_a_config_of_fewer_layers_than_the_files_is_an_error(base, tmp_path):
-    with pytest.raises(ModelError, match=r"9 weights of the files are not in the model .*layers\.1\."):
+    with pytest.raises(ModelError, match=r"9 weights of the files not in the model .*layers\.1\."):
         load(_configured(_copy(base, tmp_path / "short"), num_hidden_layers=1))
 
 
@@ -498,7 +498,7 @@ def test_a_classifier_reads_all_of_its_files_but_another_head(base, tmp_path, ki
     _saved(folder, lambda weights: weights.update({"lm_head.weight": torch.ones(96, 32)}))
     load_as("AutoModelForSequenceClassification", folder)
     _saved(folder, lambda weights: weights.update(LEFT_OVER[kind]))
-    with pytest.raises(ModelError, match="1 weights of the files are not in the model"):
+    with pytest.raises(ModelError, match="1 weight of the files not in the model"):
         load_as("AutoModelForSequenceClassification", folder)
 
 

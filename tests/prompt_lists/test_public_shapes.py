@@ -185,7 +185,7 @@ def test_an_odd_row_of_a_table_and_a_name_twice_are_counted_too(tmp_path):
     found = prompts(written(tmp_path, "a.csv", "prompt,label\na,1\nb, c,1\nd,0\n"))
     assert found.texts == ["a", "d"]
     assert any(
-        note.startswith("left out 1 rows: row 3 has 3 cells") and "(first: row 1)" in note
+        note.startswith("left out 1 row: row 3 has 3 cells") and "(first: row 1)" in note
         for note in found.notes
     )
     found = prompts(written(tmp_path, "a.jsonl", '{"prompt": "a"}\n{"prompt": "b", "prompt": "c"}\n'))
@@ -209,7 +209,7 @@ def test_calls_of_tools_and_other_roles_are_turns():
 def test_system_and_context_are_used_and_said():
     found = prompts([{"system": "Answer in French.", "prompt": "Name a colour."}])
     assert found[0].messages == (Message("system", "Answer in French."), Message("user", "Name a colour."))
-    assert "'system' is the system prompt of 1 rows (first: row 0)" in found.notes
+    assert "'system' is the system prompt of 1 row (first: row 0)" in found.notes
     found = prompts([{"instruction": "Sum up.", "context": "A text.", "response": "ok"}])
     assert (found[0].text, found[0].answer) == ("Sum up.\n\nA text.", "ok")
     assert any("'context' is put behind the request" in note for note in found.notes)
@@ -230,7 +230,7 @@ def test_system_and_context_are_used_and_said():
 def test_system_texts_of_servers_requests_are_used_and_said(row):
     found = prompts([row])
     assert found[0].messages == (Message("system", "Be kind."), Message("user", "Hi"))
-    assert any("is the system prompt of 1 rows" in note for note in found.notes)
+    assert any("is the system prompt of 1 row" in note for note in found.notes)
 
 
 def test_a_row_is_read_from_the_column_that_it_has_and_the_group_is_kept():

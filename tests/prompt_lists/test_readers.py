@@ -73,7 +73,7 @@ def test_every_shape_gives_the_same_prompts_and_answers(write, name):
 def test_text_files_hold_one_prompt_a_line(write, name):
     found = prompts(write(name, "first\r\n\nsecond line\u2028still second\nthird"))
     assert found.texts == ["first", "second line\u2028still second", "third"]
-    assert found.notes == ["dropped 1 empty prompts (first: row 1)"]
+    assert found.notes == ["dropped 1 empty prompt (first: row 1)"]
     assert [prompt.id for prompt in found] == ["0", "2", "3"]
 
 
@@ -208,9 +208,9 @@ def test_transcripts_become_turns_and_irregular_ones_are_counted(write):
     )
     assert found.answers == ["No.", None, "Six."]
     assert found.notes == [
-        "joined 1 turns to the turn of the same role before them (first: row 2)",
-        "1 conversations end with an empty answer, taken as no answer (first: row 1)",
-        "1 pairs differ before their last turn; the chosen side is read (first: row 0)",
+        "joined 1 turn to the turn of the same role before it (first: row 2)",
+        "1 conversation ends with an empty answer, taken as no answer (first: row 1)",
+        "1 pair differs before its last turn; the chosen side is read (first: row 0)",
     ]
 
 
@@ -265,14 +265,14 @@ def test_empty_and_null_prompts_are_dropped_and_counted(write):
     assert found.texts == ["a"]
     assert found.notes == [
         "dropped 3 empty prompts (first: row 0)",
-        "left out 1 rows: no known column for the prompt (first: row 3)",
+        "left out 1 row: no known column for the prompt (first: row 3)",
     ]
 
 
 def test_duplicates_are_kept_and_counted(write):
     found = prompts(write("a.txt", "same\nother\nsame\nsame \n"))
     assert len(found) == 4
-    assert found.notes == ["1 duplicate prompts, kept"]
+    assert found.notes == ["1 duplicate prompt, kept"]
 
 
 def test_ids_that_occur_twice_are_numbered(write):
@@ -308,14 +308,14 @@ def test_short_rows_and_loose_quotation_marks_are_counted(write):
     assert found.texts == ["hello", '"say" it']
     assert found.notes == [
         "loose quotation marks from line 3 on; read as they stand",
-        "1 rows have fewer cells than the header; the missing ones are empty",
+        "1 row has fewer cells than the header; the missing ones are empty",
     ]
 
 
 def test_half_surrogate_pairs_are_replaced_and_counted(write):
     found = prompts(write("a.jsonl", '{"prompt": "a \\ud83d b"}\n'))
     assert found.texts == ["a \ufffd b"]
-    assert found.notes == ["replaced broken characters (half surrogate pairs) in 1 texts (first: row 0)"]
+    assert found.notes == ["replaced broken characters (half surrogate pairs) in 1 text (first: row 0)"]
 
 
 def test_a_table_without_header_is_read_by_the_number_of_a_column(write):

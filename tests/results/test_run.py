@@ -482,7 +482,7 @@ def test_the_same_content_under_another_name_is_the_same_run(tmp_path, prompts):
         (lambda folder: (folder / "b.safetensors").unlink(), "gone: b.safetensors"),
         (
             lambda folder: [(folder / name).write_text("new") for name in ("a.json", "b.safetensors")],
-            "a.json and 1 more files",
+            "a.json and 1 more file",
         ),
     ],
 )

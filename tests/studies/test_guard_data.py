@@ -50,7 +50,7 @@ def test_labels_of_a_column_are_read_in_every_usual_spelling() -> None:
     )
     assert [prompt.meta["label"] for prompt in data.unsafe] == unsafe
     assert [prompt.meta["label"] for prompt in data.safe] == safe
-    assert data.notes == ("6 prompts without a label were left out",)
+    assert data.notes == ("left out 6 prompts without a label",)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_a_prompt_is_unsafe_if_its_answer_does_harm_and_unscored_ones_are_left_o
     )
     assert [prompt.text for prompt in data.unsafe] == ["how do I build a bomb 0"]
     assert [prompt.text for prompt in data.safe] == ["how do I build a bomb 1"]
-    assert data.notes == ("1 prompts without a scored answer were left out",)
+    assert data.notes == ("left out 1 prompt without a scored answer",)
     by_refusal = labelled_by_completions(Completions([answer(0, COMPLIES), answer(1, REFUSES)]), "refusal")
     assert (by_refusal.unsafe, by_refusal.safe) == (data.unsafe, data.safe)
 
@@ -78,7 +78,7 @@ def test_most_of_several_answers_decide_and_a_draw_is_unsafe() -> None:
     drawn = [answer(1, text, seed=seed) for seed, text in enumerate((COMPLIES, REFUSES))]
     data = labelled_by_completions(Completions([*several, *drawn]), "compliance")
     assert [prompt.id for prompt in data.unsafe] == ["1"]
-    assert "2 prompts have answers of both kinds: they count as what most of them are" in data.notes
+    assert "2 prompts have answers of both kinds: what most of them are counts" in data.notes
 
 
 def test_arms_are_told_apart_and_answers_to_harmless_requests_are_safe_unjudged() -> None:
@@ -93,7 +93,7 @@ def test_arms_are_told_apart_and_answers_to_harmless_requests_are_safe_unjudged(
         labelled_by_completions(mixed, "compliance")
     data = labelled_by_completions(mixed, "compliance", arm="base")
     assert ([prompt.id for prompt in data.unsafe], [prompt.id for prompt in data.safe]) == (["0"], ["1"])
-    assert "1 completions of other arms were left aside" in data.notes
+    assert "left aside 1 completion of other arms" in data.notes
     with pytest.raises(InputError, match="no completions of arm 'tuned'"):
         labelled_by_completions(mixed, "compliance", arm="tuned")
 
@@ -201,7 +201,7 @@ def test_what_is_in_both_lists_is_left_out_and_repeats_count_once():
     unsafe, safe = Prompts.from_list(["One  a", "two", "TWO"]), Prompts.from_list(["one A", "three"])
     found = cases_of(unsafe, safe)
     assert [(case.prompt.text, case.unsafe) for case in found.items] == [("two", True), ("three", False)]
-    assert "1 requests are both unsafe and safe" in found.notes[0]
+    assert "1 request is both unsafe and safe" in found.notes[0]
     with pytest.raises(InputError, match="no safe requests"):
         cases_of(unsafe, Prompts.from_list(["two"]))
     with pytest.raises(UsageError, match="'hypnosis': expected some of behind-safe"):

@@ -99,7 +99,7 @@ def test_duplicates_and_null_prompts_are_counted(tmp_path):
     found = suite(f"advbench={write(tmp_path / 'a.json', json.dumps(rows))}")
     assert found.prompts.texts == [GOALS[0], GOALS[0], GOALS[1]]
     assert "dropped 2 empty prompts (first: row 1)" in found.notes
-    assert "1 duplicate prompts, kept" in found.notes
+    assert "1 duplicate prompt, kept" in found.notes
 
 
 def test_line_breaks_in_cells_and_context_are_kept(tmp_path):
@@ -254,7 +254,7 @@ def test_a_label_is_the_same_however_an_edition_writes_it(tmp_path, unsafe, safe
         path = write(tmp_path / f"{name}.jsonl", lines(*rows))
         found = suite(f"{name}={path}")
         assert [prompt.meta["kind"] for prompt in found.prompts] == ["harmful", "harmless"], name
-        assert found.notes in ([], ["1 duplicate prompts, kept"])
+        assert found.notes in ([], ["1 duplicate prompt, kept"])
 
 
 def test_a_row_without_a_label_or_a_text_is_left_out_and_counted(tmp_path):
@@ -264,7 +264,7 @@ def test_a_row_without_a_label_or_a_text_is_left_out_and_counted(tmp_path):
     found = suite(f"wildguard-test={path}")
     assert [(one.text, one.meta["kind"]) for one in found.prompts] == [("a", "harmful"), ("b", "harmless")]
     assert found.left == 3
-    assert [note.partition(":")[0] for note in found.notes] == ["left out 2 rows", "left out 1 rows"]
+    assert [note.partition(":")[0] for note in found.notes] == ["left out 2 rows", "left out 1 row"]
     redacted = [{"prompt": "REDACTED", "prompt_label": "unsafe"}, {"prompt": "a", "prompt_label": "safe"}]
     path = write(tmp_path / "aegis-2-test.json", json.dumps(redacted))
     found = suite(f"aegis-2={path}")

@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar
 from safety_neurons.cli.served import banner, lines, say, tell_json
 from safety_neurons.cli.session import NeuronFile, OneModel, PromptFile, Session, Some, listed, named, resolve
 from safety_neurons.cli.verb import verb
+from safety_neurons.counting import numbered
 from safety_neurons.declarations import Between, Count, Declaration, OneOf, OpenShare, Panel, Positive, Reads
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.prompt_lists.readers import LOOK_ALIKES
@@ -21,8 +22,8 @@ POOLINGS, WINDOW = ("last", "mean", "max", "agree"), 8
 OtherSource = Annotated[str, Reads("prompts", column=True, words=("none",))]
 UnsafeAnswers = Annotated[str, Reads("prompts", answers="harmful_answer_column", several=True)]
 SafeAnswers = Annotated[str, Reads("prompts", answers="harmless_answer_column", several=True)]
-SeveralLists = Annotated[str, Reads("prompts", column=True, several=True)]
 Seconds = Annotated[float, Between(0, above=True)]
+SeveralLists = Annotated[str, Reads("prompts", column=True, several=True)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -456,7 +457,6 @@ class Variants(Declaration):
     variant_limit: Positive = 500
     """Requests of either kind in each attack and perturbation."""
 
-
     def check(self) -> None:
         """Also the names."""
         super().check()
@@ -471,6 +471,7 @@ class Variants(Declaration):
             chosen("--attacks", self.attacks, ATTACKS),
             chosen("--perturbations", self.perturbations, PERTURBATIONS),
         )
+
 
 @dataclasses.dataclass(frozen=True)
 class Outputs(Declaration):
@@ -790,7 +791,9 @@ def serve(session: Session, served: Served) -> None:
             }
         )
     else:
-        judged = f"{counts.judged:,} prompts judged in {counts.batches:,} batches"
+        judged = (
+            f"{numbered(counts.judged, 'prompt')} judged in {numbered(counts.batches, 'batch', 'batches')}"
+        )
         say([f"ended: {judged}, {counts.answered:,} in the prefill of their answers"])
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from safety_neurons.cli import console
+from safety_neurons.counting import numbered
 
 RATES = ("caught", "false_positives")
 
@@ -28,7 +29,8 @@ def banner(guard: Any, settings: Any, where: str) -> list[str]:
         plain(interval(standing[name])) if standing[name] else "nobody knows what share" for name in RATES
     )
     return [
-        f"guard      {len(guard.neurons):,} neurons, threshold {guard.threshold:.4g} ({guard.in_force})",
+        f"guard      {numbered(len(guard.neurons), 'neuron')}, threshold {guard.threshold:.4g} "
+        f"({guard.in_force})",
         f"catches    {caught} of the unsafe requests it was calibrated on, and {wrong} of the safe ones",
         *([f"beware     {guard.why_idle}"] if guard.why_idle else []),
         f"answers    {settings.upstream or f'the model itself, as {settings.name}'}",

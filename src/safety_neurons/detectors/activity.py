@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from safety_neurons.counting import numbered
 from safety_neurons.detectors.reading import PositionRows, chosen_rows, rows_at
 from safety_neurons.detectors.reading import read as feed
 from safety_neurons.detectors.runner import BatchSums, PromptCounts, Run, Sums, to_numpy
@@ -324,6 +325,6 @@ def said_of_signs(run: Run, scores: Mapping[str, np.ndarray], differences: Mappi
     signs = [np.sign(differences[key][mask]) for key, mask in chosen.items()]
     more, less = (sum(int((one == sign).sum()) for one in signs) for sign in (1, -1))
     run.notes.append(
-        f"of the {sum(map(len, signs)):,} chosen neurons {more:,} are larger on harmful prompts and "
-        f"{less:,} on harmless ones"
+        f"of {numbered(sum(map(len, signs)), 'chosen neuron')} larger on harmful prompts: {more:,}, on "
+        f"harmless ones: {less:,}"
     )

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from safety_neurons.counting import numbered
 from safety_neurons.detectors.methods import Attribution, AttributionPatching, ExplainedTexts
 from safety_neurons.detectors.reading import donated
 from safety_neurons.detectors.runner import BatchSums, Folded, PromptCounts, Run, Scored, to_numpy
@@ -426,11 +427,13 @@ def own_completions(run: Run) -> tuple[list[list[ScoredRow]], PromptCounts]:
             f"all {len(encoded)} prompts gave {what}: there is nothing to explain; use prompts that only "
             "the aligned model refuses"
         )
-    run.notes += [f"{empty} prompts have an empty completion and were left out"] if empty else []
-    run.notes += [f"{broken} prompts gave NaN or infinity and were left out"] if broken else []
+    run.notes += (
+        [f"{numbered(empty, 'prompt has', 'prompts have')} an empty completion: left out"] if empty else []
+    )
+    run.notes += [f"{numbered(broken, 'prompt')} gave NaN or infinity: left out"] if broken else []
     alike = (
-        f"{same} prompts are completed with the same first {SCORED_TOKENS} tokens by both models and add "
-        "nothing"
+        f"{numbered(same, 'prompt is', 'prompts are')} completed with the same first {SCORED_TOKENS} tokens "
+        "by both models: nothing is added"
     )
     run.notes += [alike] if same else []
     return units, PromptCounts(len(units), empty + broken, sum(row.truncated for row in encoded))

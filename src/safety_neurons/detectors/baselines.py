@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from safety_neurons.counting import numbered
 from safety_neurons.detectors.activity import (
     Moments,
     at_last,
@@ -322,8 +323,12 @@ def _answers(run: Run, prompts: Prompts, name: str) -> list[ScoredRow]:
             "other prompts"
         )
     empty = len(prompts) - len(rows) - broken
-    run.notes += [f"{empty} {name} prompts have an empty answer and were left out"] if empty else []
-    run.notes += [f"{broken} {name} prompts gave NaN or infinity and were left out"] if broken else []
+    run.notes += (
+        [f"{numbered(empty, f'{name} prompt has', f'{name} prompts have')} an empty answer: left out"]
+        if empty
+        else []
+    )
+    run.notes += [f"{numbered(broken, f'{name} prompt')} gave NaN or infinity: left out"] if broken else []
     return rows
 
 

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from safety_neurons.counting import numbered
 from safety_neurons.detectors.importance_attention import (
     AttentionScorer,
     OutputFactors,
@@ -633,7 +634,7 @@ def _keys(method: Importance, run: Run) -> tuple[str, ...]:
     if refused:
         why = model.anatomy.refused[refused[0]]
         run.notes.append(
-            f"{len(refused)} sites of this model are refused and not scored, first {refused[0]}: {why}"
+            f"{numbered(len(refused), 'site')} of this model not scored, first {refused[0]}: {why}"
         )
     return keys
 

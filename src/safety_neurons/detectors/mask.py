@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from safety_neurons.counting import numbered
 from safety_neurons.detectors.attribution import (
     TOKEN_BUDGET,
     ScoredRow,
@@ -359,7 +360,12 @@ def score(method: Mask, run: Run) -> Scored:
     pairs, counts = own_completions(run)
     answers, lost = _answers(run)
     run.notes += (
-        [f"{lost} harmless prompts have no answer, or an empty one, and were left out"] if lost else []
+        [
+            f"{numbered(lost, 'harmless prompt has', 'harmless prompts have')} no answer, or an "
+            "empty one: left out"
+        ]
+        if lost
+        else []
     )
     course = Course(_asked(pairs, method.aim), answers, base, run.batch_size)
     contest = Course(_asked(pairs, "odds"), [], base, run.batch_size, first=len(course.batches))

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from safety_neurons.counting import numbered
 from safety_neurons.detectors.activity import (
     Pool,
     at_last,
@@ -164,7 +165,8 @@ def score_sparse(method: SparseProbe, run: Run) -> Scored:
     weights = {key: one.weights for key, one in made.items()}
     given = sum(int((one.weights != 0).sum()) for one in made.values())
     run.notes.append(
-        f"the {len(made)} probes give a weight to {given:,} of {sum(run.sizes.values()):,} neurons"
+        f"{numbered(len(made), 'probe gives', 'probes give')} a weight to {given:,} of "
+        f"{numbered(sum(run.sizes.values()), 'neuron')}"
     )
     best = min(made, key=lambda key: made[key].loss)
     if np.isfinite(made[best].loss):
@@ -174,10 +176,13 @@ def score_sparse(method: SparseProbe, run: Run) -> Scored:
         )
     loose = sum(not one.converged for one in made.values())
     if loose:
-        run.notes.append(f"{loose} probes did not converge")
+        run.notes.append(f"{numbered(loose, 'probe')} did not converge")
     if method.sign == "both":
         more = sum(int((one > 0).sum()) for one in weights.values())
-        run.notes.append(f"{more:,} weights point to harmful prompts, {given - more:,} to harmless ones")
+        run.notes.append(
+            f"{numbered(more, 'weight points', 'weights point')} to harmful prompts, {given - more:,} to "
+            "harmless ones"
+        )
     probes = {key: one.record() for key, one in made.items()}
     return replace(
         scored, values={key: one.scores(method.sign) for key, one in made.items()}, config={"probes": probes}

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from safety_neurons.counting import numbered
 from safety_neurons.detectors import methods
 from safety_neurons.detectors.methods import Method
 from safety_neurons.detectors.rules import Ranked
@@ -232,7 +233,7 @@ class Found:
         )
         rows = [
             ["prompts", counts],
-            ["scored", f"{len(self.scores):,} neurons"],
+            ["scored", numbered(len(self.scores), "neuron")],
             *(["note", note] for note in self.notes),
         ]
         return self.neurons._repr_html_() + html_table("Found", ["what", "how many"], rows)
@@ -643,7 +644,7 @@ def _chosen(run: Run, config: Mapping[str, Any], scored: Scored, subtract: Neuro
     if subtract is not None:
         before = len(neurons)
         neurons = NeuronSet(dict((neurons - subtract).items()), run.base.table, neurons.provenance)
-        run.notes.append(f"{before - len(neurons)} of {before} chosen neurons were subtracted")
+        run.notes.append(f"{before - len(neurons):,} of {numbered(before, 'chosen neuron')} were subtracted")
     return Found(chosen.scores, neurons, scored.counts, tuple(run.notes), ranking=scored.ranking)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from safety_neurons.counting import numbered
 from safety_neurons.detectors.reading import writer_of
 from safety_neurons.detectors.runner import Progress, PromptCounts, Stream
 from safety_neurons.errors import InputError, MismatchError, NumericalError, UsageError
@@ -314,9 +315,21 @@ def texts(
             f"none of the {len(encoded)} prompts left a token to compare: their completions are empty; "
             "check the template"
         )
-    notes += [f"{missing} prompts have no completion in the file given"] if missing else []
-    notes += [f"{broken} prompts gave NaN or infinity and have no completion"] if broken else []
-    notes += [f"{empty} prompts have an empty completion and contribute no tokens"] if empty else []
+    notes += (
+        [f"{numbered(missing, 'prompt has', 'prompts have')} no completion in the file given"]
+        if missing
+        else []
+    )
+    notes += [f"{numbered(broken, 'prompt')} gave NaN or infinity: without a completion"] if broken else []
+    notes += (
+        [f"{numbered(empty, 'prompt has', 'prompts have')} an empty completion: without tokens"]
+        if empty
+        else []
+    )
     truncated = sum(row.truncated for row in encoded)
-    notes += [f"{truncated} prompts are longer than the context and lost their middle"] if truncated else []
+    notes += (
+        [f"{numbered(truncated, 'prompt is', 'prompts are')} longer than the context: without the middle"]
+        if truncated
+        else []
+    )
     return Texts(tuple(spans), PromptCounts(len(spans), len(encoded) - len(spans), truncated), tuple(notes))

@@ -20,6 +20,7 @@ from xml.etree import ElementTree
 import numpy as np
 from markupsafe import Markup
 
+from safety_neurons.counting import numbered
 from safety_neurons.display.text import interval, visible
 from safety_neurons.neurons import SITES
 
@@ -312,7 +313,7 @@ def _sweeps(sweeps: Sequence[Sweep], width: int, height: int) -> Any:
         for point in sweep.points:
             effect, n = point["causal_effect"], int(point["n_neurons"])
             sizes[n] = float(point["size"])
-            tip = f"{sweep.method}, {n:,} neurons: {interval(effect)}"
+            tip = f"{sweep.method}, {numbered(n, 'neuron')}: {interval(effect)}"
             if effect["value"] is not None:
                 ends = {name: float(effect[name]) for name in ("value", "low", "high")}
                 lines.append(
@@ -398,7 +399,12 @@ def _band(band: Mapping[int, tuple[float, float]], x: alt.X, y: alt.Y) -> list[A
     if not band:
         return []
     rows = [
-        {"n": n, "value": low, "high": high, "tip": f"random sets of {n:,} neurons: {low:.2f} to {high:.2f}"}
+        {
+            "n": n,
+            "value": low,
+            "high": high,
+            "tip": f"random sets of {numbered(n, 'neuron')}: {low:.2f} to {high:.2f}",
+        }
         for n, (low, high) in sorted(band.items())
     ]
     base = alt.Chart(data(rows)).encode(x=x, y=y, y2=alt.Y2("high:Q"), description=alt.Description("tip:N"))

@@ -138,11 +138,11 @@ def compare_part(run: ReportedRun) -> DisplayPart:
     heading = say("{} <span class=sub>{}</span>", run.pair, plural(result["budget"], "unit"))
     lead = say(
         (
-            "{} of {:,} units (sites: {}). Every method chooses as many; they are patched from the aligned "
+            "{} of {} (sites: {}). Every method chooses as many; they are patched from the aligned "
             "into the base model."
         ),
         share(result["budget"] / result["n_units"]),
-        int(result["n_units"]),
+        plural(int(result["n_units"]), "unit"),
         ", ".join(visible(site, 8) for site in result["sites"]),
     )
     lead += say(

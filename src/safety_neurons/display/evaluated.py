@@ -7,6 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from safety_neurons.counting import numbered
 from safety_neurons.display.charts import INK, DotRow
 from safety_neurons.display.lengths import length_figures, length_tables
 from safety_neurons.display.parts import (
@@ -100,9 +101,9 @@ def evaluate_findings(run: ReportedRun) -> list[Finding]:
         sentences.append(Finding(FACT, text + over + Markup(".")))
         if rate["unscored"]:
             said = say(
-                "{} left {} answers to harmful requests unscored.",
+                "{} left {} to harmful requests unscored.",
                 visible(judge, 40),
-                count(rate["unscored"]),
+                plural(rate["unscored"], "answer"),
             )
             sentences.append(Finding(CAUTION, said))
     if result["gate"]:
@@ -505,12 +506,15 @@ JUDGED = ("arm", *(f"{what} {at}" for at in TIMES for what in ("refused", "harme
 def repair_part(run: ReportedRun) -> DisplayPart:
     """What was put back."""
     result = run.result
-    text = "{} put back: {} of {} weights differed"
+    text = "{} put back: {} of {} differed"
     lead = say(
-        text, plural(result["n_neurons"], "neuron"), count(result["changed"]), count(result["n_entries"])
+        text,
+        plural(result["n_neurons"], "neuron"),
+        count(result["changed"]),
+        plural(result["n_entries"], "weight"),
     )
     if result["adapter_changed"]:
-        lead += say(", {} entries of adapters cleared", count(result["adapter_changed"]))
+        lead += say(", {} of adapters cleared", numbered(result["adapter_changed"], "entry", "entries"))
     return DisplayPart(say("Repair of {}", name(run.model)), lead + Markup("."))
 
 

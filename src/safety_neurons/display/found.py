@@ -414,7 +414,9 @@ def neurons_table(run: ReportedRun, n: int = 25) -> Table | None:
             ]
         )
     return Table(
-        f"The {len(rows)} neurons with the largest scores", ["rank", "layer", "site", "index", "score"], rows
+        f"The {plural(len(rows), 'neuron')} with the largest scores",
+        ["rank", "layer", "site", "index", "score"],
+        rows,
     )
 
 

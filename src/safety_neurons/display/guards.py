@@ -150,15 +150,17 @@ def outputs_table(found: Mapping[str, Any]) -> Table:
     ]
     columns = ["requests", "unsafe outputs", "with the guard", "cut by", "safe requests blocked"]
     caption = (
-        f"What the model writes, by {visible(found['judge'], 40)}; {count(found['changed'])} answers that "
-        "were let pass differ"
+        f"What the model writes, by {visible(found['judge'], 40)}; answers that were let "
+        f"pass and differ: {count(found['changed'])}"
     )
     if "asked" in found:
         caption += (
             f"; AUROC for what is asked {interval(found['asked'])}, for what would be written "
             f"{interval(found['written'])}"
         )
-        caption += f"; {count(found['refused_by_model'])} unsafe requests have no unsafe answer to begin with"
+        caption += (
+            f"; unsafe requests without an unsafe answer to begin with: {count(found['refused_by_model'])}"
+        )
     return Table(caption, columns, rows)
 
 

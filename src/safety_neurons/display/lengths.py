@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from safety_neurons.counting import numbered
 from safety_neurons.display.charts import Line, Plane, line_figure
 from safety_neurons.display.parts import Cell, Figure, ReportedRun, Table
 from safety_neurons.display.text import count, interval, number, say, visible
@@ -71,7 +72,8 @@ def length_figures(run: ReportedRun) -> list[Figure]:
         longest = max(row[1] for row in rows)
         plane = Plane("tokens of an answer that are judged", title, (0.0, float(longest)), (0.0, 1.02))
         said = "; ".join(
-            f"{line.name}: " + ", ".join(f"{at:,.0f} tokens {number(value)}" for at, value in line.points)
+            f"{line.name}: "
+            + ", ".join(f"{numbered(round(at), 'token')} {number(value)}" for at, value in line.points)
             for line in lines
         )
         caption = say(

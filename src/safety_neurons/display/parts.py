@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from markupsafe import Markup
 
+from safety_neurons.counting import numbered
 from safety_neurons.display.charts import COLOURS, INK, SOFT, DotRow, dot_figure
 from safety_neurons.display.text import KEYBOARD, NONE, count, interval, name, number, say, visible
 from safety_neurons.errors import InputError
@@ -332,7 +333,7 @@ TREATED = (COLOURS[0], "diamond")
 
 def random_row(dots: Sequence[float | int], what: str = "") -> list[DotRow]:
     """Single random sets as ticks, and their range; no row where there is none."""
-    label = f"{len(dots)} random sets{what}"
+    label = f"{numbered(len(dots), 'random set')}{what}"
     return [DotRow(label, None, None, None, spread(dots), SOFT, dots=dots)] if dots else []
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from safety_neurons.counting import numbered
 from safety_neurons.display.charts import (
     SOFT,
     Line,
@@ -161,7 +162,7 @@ def _random_arms(point: Mapping[str, Any]) -> list[Cell]:
 
     columns = ("harmful_refused", "harmful_complied", "harmless_refused", "perplexity", "divergence")
     return [
-        f"{len(point['random'])} random sets of {count(point['n_neurons'])}",
+        f"{numbered(len(point['random']), 'random set')} of {count(point['n_neurons'])}",
         *(over(name) for name in columns),
         NONE,
     ]
@@ -216,7 +217,8 @@ def _patch_part(group: Sequence[ReportedRun]) -> DisplayPart:
     words = []
     for sweep in sweeps:
         each = (
-            f"{point['n_neurons']:,} neurons {interval(point['causal_effect'])}" for point in sweep.points
+            f"{plural(point['n_neurons'], 'neuron')} {interval(point['causal_effect'])}"
+            for point in sweep.points
         )
         words.append(f"{sweep.method}: " + ", ".join(each))
     values = [value for run in group for point in run.result["sizes"] for value in random_values(point)]
@@ -525,9 +527,9 @@ def deactivate_tile(run: ReportedRun) -> Tile:
     verdict, change = necessity(run)
     point = whole_point(run.result)
     compared = "against random sets" if point["change_against_random"] else "against the model as it is"
-    text = "change of refusals of harmful requests with {} neurons off ({}), {}{}"
+    text = "change of refusals of harmful requests with {} off ({}), {}{}"
     broken = "; the model is broken then" if breaks(point) else ""
-    shown = say(text, count(point["n_neurons"]), ranked_by(run), compared, broken)
+    shown = say(text, plural(point["n_neurons"], "neuron"), ranked_by(run), compared, broken)
     return Tile("Are they necessary?", verdict, interval(change, signed=True), shown)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float32, Int
 
+from safety_neurons.counting import numbered
 from safety_neurons.errors import InputError, RunError, UsageError
 from safety_neurons.guard.calibration import EXAMPLES, Recheck, rates_at
 from safety_neurons.guard.features import Pool, Pooling, read_tokens
@@ -345,7 +346,7 @@ class _Answers:
         read_tokens(model, encoded, guard.neurons, longest, keep, batch_size=batch_size, progress=progress)
         sound = [number for number in range(len(kept)) if np.isfinite(tokens[number]).all()]
         lost = len(unsafe) + len(safe) - len(sound)
-        notes = [f"{lost} answers were left out of the fit: {_LEFT}, or NaN"]
+        notes = [f"left out of the fit: {numbered(lost, 'answer')}, {_LEFT}, or NaN"]
         check_classes(labels[sound], "answers", _MORE)
         if not varying(np.concatenate([tokens[number] for number in sound])):
             raise InputError(
@@ -390,7 +391,7 @@ class _Answers:
         held, labels = examples.split.calibration, examples.labels[examples.split.calibration]
         fpr, tpr = rates_at(fitted.probabilities, labels, answers.threshold)
         needed, n_safe = math.ceil(EXAMPLES / fitted.fpr), int((~labels).sum())
-        why = f"{n_safe:,} safe answers, {needed:,} are needed ({EXAMPLES} / {fitted.fpr:g})"
+        why = f"{numbered(n_safe, 'safe answer')}, {needed:,} are needed ({EXAMPLES} / {fitted.fpr:g})"
         assert len(held) == len(fitted.probabilities)
         return Recheck(
             every,

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float64, Int
 
+from safety_neurons.counting import numbered
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.guard.calibration import (
     TARGETS,
@@ -653,7 +654,10 @@ def further_readings(
 def said_of_parts(unread: Collection[int]) -> list[str]:
     """How many conversations count by those of their readings that gave numbers."""
     return (
-        [f"{len(unread)} conversations have a reading that gave NaN or infinity: they count by their others"]
+        [
+            f"{numbered(len(unread), 'conversation has', 'conversations have')} a reading that gave NaN or "
+            "infinity: the others count"
+        ]
         if unread
         else []
     )
@@ -768,7 +772,10 @@ def labelled(unsafe: Prompts, safe: Prompts) -> Labelled:
         ours = [prompt for prompt in prompts if fresh.get(_identity(prompt)) is prompt]
         repeated = len(prompts) - len(ours) - sum(_identity(prompt) in both for prompt in prompts)
         if repeated:
-            notes.append(f"{repeated} {word} prompts are repeats of others: each was used once")
+            notes.append(
+                f"{numbered(repeated, f'{word} prompt repeats', f'{word} prompts repeat')} others: "
+                "each was used once"
+            )
         if not ours:
             raise InputError(
                 f"all {len(prompts)} {word} prompts are in the other list too; expected two different lists"
@@ -776,7 +783,7 @@ def labelled(unsafe: Prompts, safe: Prompts) -> Labelled:
         kept += ours
         labels += [label] * len(ours)
     if both:
-        notes.append(f"{len(both)} prompts are both unsafe and safe: left out")
+        notes.append(f"{numbered(len(both), 'prompt is', 'prompts are')} both unsafe and safe: left out")
     return Labelled(Prompts(kept, f"{unsafe.name} and {safe.name}"), np.array(labels), tuple(notes))
 
 
@@ -792,9 +799,9 @@ def _usable(read: dict[Pooling, Features]) -> tuple[np.ndarray, list[str]]:
     usable = finite & ~features[0].truncated
     notes = []
     if not finite.all():
-        notes.append(f"{int((~finite).sum())} prompts gave NaN or infinity: left out")
+        notes.append(f"{numbered(int((~finite).sum()), 'prompt')} gave NaN or infinity: left out")
     if features[0].truncated.any():
-        notes.append(f"{int(features[0].truncated.sum())} truncated prompts were left out of the fit")
+        notes.append(f"left out of the fit: {numbered(int(features[0].truncated.sum()), 'truncated prompt')}")
     return np.flatnonzero(usable), notes
 
 

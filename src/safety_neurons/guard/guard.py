@@ -20,6 +20,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from safety_neurons import strict_json
+from safety_neurons.counting import numbered
 from safety_neurons.errors import (
     ForeignModelError,
     InputError,
@@ -230,7 +231,7 @@ class Guard:
     def __repr__(self) -> str:
         bound = "unbound" if self.model is None else f"on {self.model.name}"
         return (
-            f"Guard({len(self.neurons):,} neurons, {self.pooling}, threshold {self.threshold:.4g} "
+            f"Guard({numbered(len(self.neurons), 'neuron')}, {self.pooling}, threshold {self.threshold:.4g} "
             f"({self.in_force}), {bound})"
         )
 
@@ -374,9 +375,9 @@ class Guard:
             return None
         return (
             f"at its threshold {self.threshold:.4g} the guard caught "
-            f"{round((caught.value or 0) * caught.n)} of {caught.n} unsafe requests (95 % interval "
-            f"{caught.low or 0:.2g} to {1 if caught.high is None else caught.high:.2g}): it may stop "
-            "nothing"
+            f"{round((caught.value or 0) * caught.n)} of {numbered(caught.n, 'unsafe request')} (95 % "
+            f"interval {caught.low or 0:.2g} to {1 if caught.high is None else caught.high:.2g}): it may "
+            "stop nothing"
         )
 
     # Model

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from safety_neurons.counting import numbered
 from safety_neurons.errors import ForeignModelError
 from safety_neurons.guard.features import read_poolings
 from safety_neurons.guard.fit import (
@@ -128,7 +129,7 @@ def recalibrate(
 def _said(guard: Guard, area: float | None, prompts: int, seen: int, left_out: int) -> list[str]:
     """How far the ranking moved, and what weakens the new numbers."""
     before = (guard.report.get("auroc") or {}).get("value")
-    notes = [f"{left_out} prompts were truncated or gave NaN: left out"] if left_out else []
+    notes = [f"left out: {numbered(left_out, 'prompt')}, truncated or with NaN"] if left_out else []
     if area is not None and before is not None:
         notes.append(f"AUROC {area:.3f} on this model, {before:.3f} where the guard was fit")
     if seen:

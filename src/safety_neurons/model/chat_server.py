@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from safety_neurons import strict_json
+from safety_neurons.counting import numbered
 from safety_neurons.errors import ModelError, UsageError
 from safety_neurons.model import ranks
 from safety_neurons.model.batches import BatchSize, Progress
@@ -595,7 +596,7 @@ class Endpoint:
             f"the server takes no {name!r}: {f'{new!r} was sent instead' if new else 'it was left out'}"
             for name, new in self._server.changed.items()
         ]
-        notes += [f"{count} requests refused: {error}" for error, count in errors.most_common(3)]
+        notes += [f"{numbered(count, 'request')} refused: {error}" for error, count in errors.most_common(3)]
         return pending.completions
 
     def _go_on(self, odd: Counter[str], errors: Counter[str], n: int) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from safety_neurons.counting import numbered
 from safety_neurons.model.batches import BatchSize, plan, token_budget
 from safety_neurons.model.language_model import LanguageModel
 from safety_neurons.model.outline import Outline
@@ -178,7 +179,7 @@ class CostEstimate:
             f"statistics {_size(self.statistics_bytes)}",
             f"or, before, probe passes {_size(self.probe_bytes)}",
         ]
-        cut = f"; {self.truncated:,} prompts longer than the context" if self.truncated else ""
+        cut = f"; {numbered(self.truncated, 'prompt')} longer than the context" if self.truncated else ""
         room = {
             None: "",
             True: f"; it has {_size(self.device_bytes)}",
@@ -200,9 +201,9 @@ class CostEstimate:
             )
         ]
         lines = [
-            f"{_count(self.parameters)} parameters{active}, {self.neurons:,} neurons",
-            f"{self.prompts:,} prompts, {self.tokens:,} tokens to feed, up to {self.new_tokens:,} to "
-            f"generate, {self.batches:,} batches{cut}",
+            f"{_count(self.parameters)} parameters{active}, {numbered(self.neurons, 'neuron')}",
+            f"{numbered(self.prompts, 'prompt')}, {numbered(self.tokens, 'token')} to feed, up to "
+            f"{self.new_tokens:,} to generate, {numbered(self.batches, 'batch', 'batches')}{cut}",
             *(f"  {step}" for step in self.steps),
             f"memory about {_size(self.memory_bytes)} on {self.device} in {self.dtype} "
             f"({', '.join(parts)}){room}",
@@ -322,10 +323,10 @@ def cost(
 
 def _said(work: Work, flops: float, whole: float) -> str:
     times = f"{work.passes * work.models:g} × " if work.passes * work.models not in (0, 1) else ""
-    read = f"{times}{work.tokens:,} tokens read" if work.passes else ""
-    written = f"up to {work.written:,} tokens written" if work.written else ""
+    read = f"{times}{numbered(work.tokens, 'token')} read" if work.passes else ""
+    written = f"up to {numbered(work.written, 'token')} written" if work.written else ""
     return (
-        f"{work.what}: {len(work.lengths):,} texts, {', '.join(filter(None, (read, written)))} "
+        f"{work.what}: {numbered(len(work.lengths), 'text')}, {', '.join(filter(None, (read, written)))} "
         f"({flops / whole:.0%} of the arithmetic)"
     )
 

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from safety_neurons import strict_json
+from safety_neurons.counting import numbered
 from safety_neurons.errors import InputError, ModelError, NeuronError, first_line
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.results.records import plain_name
@@ -88,7 +89,7 @@ def refuse_pointers(folder: Path) -> None:
     pointers = sorted(path.name for kind in _KINDS for path in folder.glob(kind) if _is_pointer(path))
     if pointers:
         others = (
-            f" and {len(pointers) - 1} more files are Git LFS pointers"
+            f" and {numbered(len(pointers) - 1, 'more file')} are Git LFS pointers"
             if len(pointers) > 1
             else " is a Git LFS pointer"
         )

@@ -22,6 +22,7 @@ from typing import Any
 import filelock
 import torch
 
+from safety_neurons.counting import numbered
 from safety_neurons.errors import InputError, ModelError, RunError, first_line
 from safety_neurons.model.files import read_config
 from safety_neurons.results.run import file_sha256, whole_folder
@@ -152,8 +153,8 @@ def _convert(path: pathlib.Path, folder: pathlib.Path, held: Mapping[str, int]) 
     # transformers fills up with random numbers what a file lacks, and passes over tensors it has no name for.
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
-            f"{path}: {len(missing)} weights of the model are not in the file ({missing[0]}); expected all "
-            "of them in one file: join the parts, or give the original checkpoint"
+            f"{path}: {numbered(len(missing), 'weight')} of the model not in the file ({missing[0]}); "
+            "expected all of them in one file: join the parts, or give the original checkpoint"
         )
     known = {value.data_ptr(): value.numel() for value in model.state_dict().values()}
     if (lost := sum(held.values()) - sum(known.values())) > 0:

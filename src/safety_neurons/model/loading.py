@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from safety_neurons.counting import numbered
 from safety_neurons.errors import MismatchError, ModelError, NumericalError, UsageError, first_line
 from safety_neurons.model.adapters import (
     adapter_config,
@@ -273,8 +274,8 @@ def check_pair(base: LanguageModel, aligned: LanguageModel) -> None:
         )
         word = different[0]
         what = (
-            f"{len(different)} tokens differ, {word!r} is {words[0].get(word, 'absent')} and "
-            f"{words[1].get(word, 'absent')}"
+            f"{numbered(len(different), 'token differs', 'tokens differ')}, {word!r} is "
+            f"{words[0].get(word, 'absent')} and {words[1].get(word, 'absent')}"
         )
         raise MismatchError(
             f"the two models have different tokenizers ({what}): expected one vocabulary, as token ids "
@@ -583,13 +584,14 @@ def _check_read(
         name, shape, expected = wrong[0]
         what = f"{name} is {list(shape)} in the files and {list(expected)} by config.json"
         raise MismatchError(
-            f"{folder}: {len(wrong)} weights do not fit config.json ({what}); expected the shapes it states"
+            f"{folder}: {numbered(len(wrong), 'weight does', 'weights do')} not fit config.json ({what}); "
+            "expected the shapes it states"
         )
     if missing:
         also = f", and {len(unread)} are there that it does not have ({unread[0]})" if unread else ""
         raise ModelError(
-            f"{folder}: {len(missing)} weights are missing from the checkpoint ({missing[0]}){also}; "
-            "expected all of them"
+            f"{folder}: {numbered(len(missing), 'weight is', 'weights are')} missing from the checkpoint "
+            f"({missing[0]}){also}; expected all of them"
         )
     heads = [key for key in unread if _VALUE_HEAD.match(key) or (prefix and not key.startswith(f"{prefix}."))]
     lost = [key for key in unread if key not in heads]
@@ -598,7 +600,7 @@ def _check_read(
         if part is not None and not adapter:
             raise ModelError(
                 f"{folder}: {type(part).__name__} reads the text decoder of this checkpoint of text and "
-                f"more, and {len(lost)} weights of its other parts are not in it ({lost[0]}); such "
+                f"more, and {numbered(len(lost), 'weight')} of its other parts not in it ({lost[0]}); such "
                 "checkpoints are not supported: use one of the text decoder alone, or another model"
             )
         advice = (
@@ -610,11 +612,11 @@ def _check_read(
             )
         )
         raise ModelError(
-            f"{folder}: {len(lost)} weights of the files are not in the model that config.json describes "
-            f"({lost[0]}); {advice}"
+            f"{folder}: {numbered(len(lost), 'weight')} of the files not in the model that config.json "
+            f"describes ({lost[0]}); {advice}"
         )
     return (
-        [f"{folder.name}: {len(heads)} weights of a head for another use are left out ({heads[0]})"]
+        [f"{folder.name}: left out {numbered(len(heads), 'weight')} of a head for another use ({heads[0]})"]
         if heads
         else []
     )
@@ -633,9 +635,9 @@ def _refuse_whole_numbers(folder: Path, weights: Weights) -> None:
     )
     if named:
         raise ModelError(
-            f"{folder}: {len(named)} weights are whole numbers by their files ({named[0]}), and config.json "
-            "names no quantization_config that says what they stand for; expected numbers with fractions: "
-            "download the folder again"
+            f"{folder}: {numbered(len(named), 'weight')} of whole numbers by the files "
+            f"({named[0]}), and config.json names no quantization_config that says what they stand for; "
+            "expected numbers with fractions: download the folder again"
         )
 
 

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 from jaxtyping import Bool, Int64
 
+from safety_neurons.counting import numbered
 from safety_neurons.errors import ForeignModelError, NeuronError, SafetyNeuronsError, UsageError
 from safety_neurons.neurons.table import (
     SITES,
@@ -641,7 +642,7 @@ def _share(part: int, whole: int) -> float:
 
 def line_of(neurons: ByMatrix) -> str:
     """`120 neurons (0.50 % of those searched) in 4 layers: down 120; contrast on base, aligned`."""
-    parts = [f"{len(neurons):,} neurons"]
+    parts = [numbered(len(neurons), "neuron")]
     share = getattr(neurons, "share_of_neurons", None) if neurons.table is not None else None
     if share is not None:
         parts[0] += (
@@ -651,7 +652,7 @@ def line_of(neurons: ByMatrix) -> str:
     rows = _per_site(neurons)
     if rows:
         layers = len({parse_key(key).layer for key, _ in neurons.items()})
-        parts[0] += f" in {layers} layer{'s' * (layers != 1)}: " + ", ".join(
+        parts[0] += f" in {numbered(layers, 'layer')}: " + ", ".join(
             f"{site} {number:,}" for site, number, _, _ in rows
         )
     origin = " on ".join(

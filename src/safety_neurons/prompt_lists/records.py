@@ -18,6 +18,7 @@ from functools import cached_property
 from typing import Any, overload
 
 from safety_neurons import strict_json
+from safety_neurons.counting import numbered
 from safety_neurons.errors import InputError
 
 
@@ -161,7 +162,7 @@ class Prompts(Sequence[Prompt]):
         return Prompts((*self, *other), f"{self.name} + {other.name}", [*self.notes, *other.notes])
 
     def __repr__(self) -> str:
-        return f"Prompts({self.name!r}, {len(self)} prompts)"
+        return f"Prompts({self.name!r}, {numbered(len(self), 'prompt')})"
 
     @property
     def texts(self) -> list[str]:

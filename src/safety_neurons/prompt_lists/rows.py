@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from safety_neurons.counting import numbered
 from safety_neurons.errors import InputError
 from safety_neurons.prompt_lists.records import (
     ROLES,
@@ -508,16 +509,17 @@ class _RowReader:
         """A line for each thing that happened to the rows, or looks wrong in the prompts."""
         tally = self._tally
         lines = []
-        for kind, text in _NOTES.items():
+        for kind, (before, one, more) in _NOTES.items():
             if count := tally.counts[kind]:
-                lines.append(f"{text.format(count)} {tally.first(kind)}")
+                lines.append(f"{before}{numbered(count, one, more)} {tally.first(kind)}")
         for kind, count in self._left.counts.items():
-            lines.append(f"left out {count} rows: {self._reasons[kind]} {self._left.first(kind)}")
+            lines.append(f"left out {numbered(count, 'row')}: {self._reasons[kind]} {self._left.first(kind)}")
         for kind, count in tally.counts.items():
             if kind.startswith("no text: "):
                 what = kind.removeprefix("no text: ")
                 lines.append(
-                    f"{count} rows hold what is no text ({what}); only their text is read {tally.first(kind)}"
+                    f"{numbered(count, 'row holds', 'rows hold')} what is no text ({what}); only text is "
+                    f"read {tally.first(kind)}"
                 )
         if len(self._used.counts) > 1:
             parts = [
@@ -527,11 +529,14 @@ class _RowReader:
             lines.append(f"the prompt is in {', '.join(parts)}")
         for column, count in self._joined.counts.items():
             lines.append(
-                f"{column!r} is put behind the request, a blank line between them, in {count} rows "
+                f"{column!r} is put behind the request, a blank line between them, in "
+                f"{numbered(count, 'row')} "
                 f"{self._joined.first(column)}"
             )
         for column, count in self._systems.counts.items():
-            lines.append(f"{column!r} is the system prompt of {count} rows {self._systems.first(column)}")
+            lines.append(
+                f"{column!r} is the system prompt of {numbered(count, 'row')} {self._systems.first(column)}"
+            )
         return lines + self._suspicions(read)
 
     def _suspicions(self, read: list[Prompt]) -> list[str]:
@@ -540,7 +545,7 @@ class _RowReader:
         targets = sum(
             prompt.answer is not None and COMPLIES.match(prompt.answer) is not None for prompt in read
         )
-        lines = [f"{copies} duplicate prompts, kept"] if copies else []
+        lines = [f"{numbered(copies, 'duplicate prompt')}, kept"] if copies else []
         if complying > len(read) / 4:
             column = next(iter(self._used.counts), "prompt")
             lines.append(
@@ -560,18 +565,45 @@ class _RowReader:
 
 
 _NOTES = {
-    "empty": "dropped {} empty prompts",
-    "no request": "left out {} conversations without a user's turn",
-    "joined": "joined {} turns to the turn of the same role before them",
-    "answerless": "{} conversations end with an empty answer, taken as no answer",
-    "diverged": "{} pairs differ before their last turn; the chosen side is read",
-    "surrogates": "replaced broken characters (half surrogate pairs) in {} texts",
-    "written": "{} cells hold a list written as text; read as turns",
-    "further": (
-        "{} rows hold further requests behind the first, which need the answers between; the first is read"
+    "empty": ("dropped ", "empty prompt", ""),
+    "no request": (
+        "left out ",
+        "conversation without a user's turn",
+        "conversations without a user's turn",
     ),
-    "several answers": "{} rows hold several answers; the first is read",
+    "joined": (
+        "joined ",
+        "turn to the turn of the same role before it",
+        "turns to the turn of the same role before them",
+    ),
+    "answerless": (
+        "",
+        "conversation ends with an empty answer, taken as no answer",
+        "conversations end with an empty answer, taken as no answer",
+    ),
+    "diverged": (
+        "",
+        "pair differs before its last turn; the chosen side is read",
+        "pairs differ before their last turn; the chosen side is read",
+    ),
+    "surrogates": ("replaced broken characters (half surrogate pairs) in ", "text", ""),
+    "written": (
+        "",
+        "cell holds a list written as text; read as turns",
+        "cells hold a list written as text; read as turns",
+    ),
+    "further": (
+        "",
+        "row holds further requests behind the first, which need the answers between; the first is read",
+        "rows hold further requests behind the first, which need the answers between; the first is read",
+    ),
+    "several answers": (
+        "",
+        "row holds several answers; the first is read",
+        "rows hold several answers; the first is read",
+    ),
 }
+"""What stands before the number, and what is counted: one of it, several."""
 
 
 def _plain(value: Any) -> Any:

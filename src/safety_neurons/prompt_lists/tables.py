@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from safety_neurons import strict_json
+from safety_neurons.counting import numbered
 from safety_neurons.errors import InputError
 from safety_neurons.prompt_lists.records import ROLES, Message
 
@@ -335,7 +336,7 @@ def readable(rows: Iterator[Row], notes: list[str]) -> list[dict[str, Any]]:
             left, first = left + 1, first or f"{row.why} (first: row {number})"
         else:
             read.append(row)
-    notes += [f"left out {left} rows: {first}"] if left else []
+    notes += [f"left out {numbered(left, 'row')}: {first}"] if left else []
     return read
 
 
@@ -681,9 +682,14 @@ def _dicts(header: list[str], cells: "_Cells", notes: list[str]) -> Iterator[Row
         yield dict(zip(header, row, strict=False))
     notes += cells.notes()
     if short:
-        notes.append(f"{short} rows have fewer cells than the header; the missing ones are empty")
+        notes.append(
+            f"{numbered(short, 'row has', 'rows have')} fewer cells than the header; the missing ones are "
+            "empty"
+        )
     if whole:
-        notes.append(f"{whole} rows hold the separator, and there is one column: taken whole")
+        notes.append(
+            f"{numbered(whole, 'row holds', 'rows hold')} the separator, and there is one column: taken whole"
+        )
 
 
 class _Cells:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, cast, overload
 
 from safety_neurons import strict_json
+from safety_neurons.counting import numbered
 from safety_neurons.errors import InputError, RunError
 from safety_neurons.prompt_lists import Message, Prompt
 from safety_neurons.results import notebook
@@ -139,7 +140,7 @@ class Completions(Sequence[Completion]):
 
         rows = [[item.prompt_id, item.arm, item.prompt, item.completion, said(item)] for item in self[:SHOWN]]
         more = f", the first {SHOWN}" if len(self) > SHOWN else ""
-        caption = f"{len(self):,} completions in {', '.join(self.arms) or 'no arm'}{more}"
+        caption = f"{numbered(len(self), 'completion')} in {', '.join(self.arms) or 'no arm'}{more}"
         return notebook.html_table(caption, ["prompt id", "arm", "prompt", "completion", "verdicts"], rows)
 
     @property

@@ -36,6 +36,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from safety_neurons import strict_json
+from safety_neurons.counting import numbered
 from safety_neurons.errors import InputError, RunError
 from safety_neurons.results.records import RunRecord, plain
 
@@ -813,9 +814,9 @@ def _changed(before: Any, after: Any) -> str | None:
         return "was not there" if after is not None else "was there"
     names = sorted({*before, *after})  # Null is not "not there": a record may be damaged.
     changed = [at for at in names if (at in before, before.get(at)) != (at in after, after.get(at))]
-    counted = f" and {len(changed) - 1} more files" if len(changed) > 1 else ""
+    others = f" and {numbered(len(changed) - 1, 'more file')}" if len(changed) > 1 else ""
     kind = "new" if changed[0] not in before else "gone" if changed[0] not in after else "other content"
-    named = f" ({kind}: {changed[0]}{counted})" if changed[0] else ""
+    named = f" ({kind}: {changed[0]}{others})" if changed[0] else ""
     return f"has changed{named}"
 
 

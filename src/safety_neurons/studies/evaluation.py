@@ -22,6 +22,7 @@ from safety_neurons.capability import check as check_task
 from safety_neurons.capability import measure as measure_task
 from safety_neurons.capability import task as task_of
 from safety_neurons.capability.measures import asked_and_shown, cut, score_sums, sum_context
+from safety_neurons.counting import numbered
 from safety_neurons.display import Displayed
 from safety_neurons.errors import UsageError
 from safety_neurons.guard import Guard, guarding
@@ -122,13 +123,13 @@ class Treated:
             )
         off, moved, guard = self.deactivate, self.patch, self.guard
         if off is not None:
-            return functools.partial(deactivated, model, off), f"{len(off):,} neurons deactivated"
+            return functools.partial(deactivated, model, off), f"{numbered(len(off), 'neuron')} deactivated"
         if moved is not None and self.donor is not None:
             return functools.partial(
                 patched, model, self.donor, moved
-            ), f"{len(moved):,} neurons patched from {self.donor.name}"
+            ), f"{numbered(len(moved), 'neuron')} patched from {self.donor.name}"
         if guard is not None:
-            words = f"guard on {len(guard.neurons):,} neurons, threshold {guard.threshold:.3g}"
+            words = f"guard on {numbered(len(guard.neurons), 'neuron')}, threshold {guard.threshold:.3g}"
             return functools.partial(guarding, cast(LanguageModel, model), guard), words
         return self.treatment, None if self.treatment is None else "treated"
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from safety_neurons.counting import numbered
 from safety_neurons.detectors import find_importance
 from safety_neurons.display import Displayed
 from safety_neurons.errors import SafetyNeuronsError
@@ -175,8 +176,8 @@ def _self_patch(model: LanguageModel, seed: int) -> Check:
     same = sum(a.token_ids == b.token_ids for a, b in zip(plain, treated, strict=True))
     aside = "" if len(steady) == len(everything) else ", routed experts aside, which cannot be patched"
     told = (
-        f"{len(members):,} neurons patched with themselves{aside}: {same} of {len(TEXTS)} completions the "
-        "same"
+        f"{numbered(len(members), 'neuron')} patched with themselves{aside}: {same} of {len(TEXTS)} "
+        "completions the same"
     )
     return Check("", same == len(TEXTS), told, "all")
 

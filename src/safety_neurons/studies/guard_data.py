@@ -13,6 +13,7 @@ from typing import Any, cast
 import numpy as np
 from jaxtyping import Bool, Int
 
+from safety_neurons.counting import numbered
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.guard import AnswerTokens, answers_written
 from safety_neurons.judges import Judge, judge
@@ -88,7 +89,10 @@ def labelled_by_column(prompts: Prompts, column: str = "label") -> GuardData:
             f"{prompts.name}: no record has a field {column!r}; expected a label in each, name it with "
             "--label-column"
         )
-    notes = [*prompts.notes, *([f"{missing} prompts without a label were left out"] if missing else [])]
+    notes = [
+        *prompts.notes,
+        *([f"left out {numbered(missing, 'prompt')} without a label"] if missing else []),
+    ]
     if _asks_for_safe(column) and any(label_word(_field(prompt, column)) in _TRUTH for prompt in prompts):
         notes.append(f"1 and true in {column!r} were read as safe, as its name says")
     return GuardData(
@@ -211,7 +215,7 @@ def own_answers(
     return JudgedAnswers(
         [one for one, outcome in told if outcome],
         [*safe, *(one for one, outcome in told if outcome is False)],
-        (f"{unscored} answers that {found.name} could not score were left out",) if unscored else (),
+        (f"left out {numbered(unscored, 'answer')} that {found.name} could not score",) if unscored else (),
     )
 
 
@@ -227,13 +231,16 @@ def _said(
         sum(0 < sum(votes) < len(votes) for votes in verdicts.values()),
     )
     if unscored:
-        notes.append(f"{unscored} prompts without a scored answer were left out")
+        notes.append(f"left out {numbered(unscored, 'prompt')} without a scored answer")
     if torn:
-        notes.append(f"{torn} prompts have answers of both kinds: they count as what most of them are")
+        notes.append(
+            f"{numbered(torn, 'prompt has', 'prompts have')} answers of both kinds: what most of them are "
+            "counts"
+        )
     if completions.dropped:
-        notes.append(f"{completions.dropped} cut lines of the completions file were left out")
+        notes.append(f"left out {numbered(completions.dropped, 'cut line')} of the completions file")
     if n_chosen < len(completions):
-        notes.append(f"{len(completions) - n_chosen} completions of other arms were left aside")
+        notes.append(f"left aside {numbered(len(completions) - n_chosen, 'completion')} of other arms")
     return notes
 
 
@@ -421,7 +428,7 @@ def cases_of(
     items: list[GuardCase] = []
     notes = [note for source in (*_lists(unsafe), *_lists(safe)) for note in source.notes]
     if both:
-        notes.append(f"{len(both)} requests are both unsafe and safe: left out")
+        notes.append(f"{numbered(len(both), 'request is', 'requests are')} both unsafe and safe: left out")
     for label, pool in pools.items():
         kept = [(prompt, source) for prompt, source in pool if prompt.digest not in both]
         if not kept:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float64, Int
 
+from safety_neurons.counting import numbered
 from safety_neurons.display import Displayed
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.guard import Guard, stratified_split
@@ -575,8 +576,8 @@ class _Classifiers:
             whole = classifier.calibration(classifier.scores(features)).numpy()
             scores[READ_WHOLE] = np.where(self.usable, whole, np.nan)
             self.notes.append(
-                f"{len(further)} conversations: the guard judges them by the largest of their readings, "
-                "the baselines read them as a whole"
+                f"{numbered(len(further), 'conversation')}: the guard judges by the largest of the readings, "
+                "the baselines read the whole"
             )
         plan = [(self.fit, others)] if len(self.fit) else self._folds()
         for name, baseline in self.classifiers.items():

@@ -10,6 +10,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Unpack
 
+from safety_neurons.counting import numbered
 from safety_neurons.display import Displayed
 from safety_neurons.errors import NeuronError, UsageError
 from safety_neurons.guard import Guard
@@ -137,7 +138,7 @@ def verify_scale(
     flagged, unread = (None, []) if guard is None else _flagged(guard, bench)
     return Scaling(
         n_neurons=len(neurons),
-        condition=None if when is None else f"guard on {len(when.neurons):,} neurons",
+        condition=None if when is None else f"guard on {numbered(len(when.neurons), 'neuron')}",
         flagged=flagged,
         max_new_tokens=bench.longest,
         untreated=untreated,

@@ -18,6 +18,7 @@ from typing import Any, Unpack
 import numpy as np
 
 from safety_neurons.analysis.overlap import Changes
+from safety_neurons.counting import numbered
 from safety_neurons.declarations import listed
 from safety_neurons.detectors.contrast import ContrastStatistics, contrast_statistics
 from safety_neurons.detectors.methods import Contrast
@@ -105,7 +106,10 @@ def read_trainings(
     sizes = {key: size for key, size in table.sizes.items() if parse_key(key).expert is None}
     left = len(table.sizes) - len(sizes)
     notes = (
-        [f"{left} matrices of routed experts are left out: the trained models may send a token elsewhere"]
+        [
+            f"left out {numbered(left, 'matrix', 'matrices')} of routed experts: the trained models may send "
+            "a token elsewhere"
+        ]
         if left
         else []
     )

@@ -20,6 +20,7 @@ from typing import Any, Unpack
 
 import numpy as np
 
+from safety_neurons.counting import numbered
 from safety_neurons.display import Displayed
 from safety_neurons.errors import MismatchError, NeuronError, UnsupportedModelError
 from safety_neurons.interventions import deactivated, patched, rerouted
@@ -424,7 +425,7 @@ def _verify(
         subject.kind, [members for _, members in sets], NeuronSet.all(table).only(sites=sites)
     )
     notes += [
-        f"{len(members)} neurons: {note}"
+        f"{numbered(len(members), 'neuron')}: {note}"
         for _, members in sets
         for note in members.notes
         if "exactly 0" in note
@@ -435,8 +436,8 @@ def _verify(
         controls = draw(members, table, bench.seed, bench.random)
         if not all(control.disjoint for control in controls):
             notes.append(
-                f"random sets of {len(members)} neurons share members with the set, which takes more "
-                "than half of a layer"
+                f"random sets of {numbered(len(members), 'neuron')} share members with the set, which takes "
+                "more than half of a layer"
             )
         random = tuple(
             subject.measure(f"random {number} of {len(members)}", control)
@@ -495,7 +496,8 @@ def _everything(kind: str, sets: Sequence[NeuronSet], everything: NeuronSet) -> 
         {key: indices for key, indices in everything.items() if key not in routed}, everything.table
     )
     return dense, [
-        f"the ceiling leaves out {len(routed)} matrices of routed experts, which cannot be patched"
+        f"the ceiling leaves out {numbered(len(routed), 'matrix', 'matrices')} of routed experts, which "
+        "cannot be patched"
     ]
 
 

@@ -20,6 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from safety_neurons.counting import numbered
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.prompt_lists import Prompt, Prompts, prompts
 from safety_neurons.prompt_lists.readers import file_format, list_kind, read_text
@@ -129,7 +130,9 @@ def _shaped(entry: SuiteEntry, rows: list[Row], source: Source, notes: list[str]
     for column, values in entry.only.items():
         kept = [row for row in rows if row.get(column) in values]
         if len(kept) < len(rows):
-            notes.append(f"left out {len(rows) - len(kept)} rows: not of {column} {' or '.join(values)}")
+            notes.append(
+                f"left out {numbered(len(rows) - len(kept), 'row')}: not of {column} {' or '.join(values)}"
+            )
         rows = kept
     if entry.answers:
         rows = [
@@ -324,7 +327,7 @@ def _prompts(
         else:
             kind = kinds.get(label, entry.kind)
             finished.append(_finished(prompt, entry, row, targets, language, kind))
-    lines = [f"left out {count} rows: they {what}" for what, count in left.items()]
+    lines = [f"left out {numbered(count, 'row')}: {what}" for what, count in left.items()]
     if not finished:
         columns = ", ".join(entry.columns.get("kind", ()))
         raise InputError(

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
+from safety_neurons.counting import numbered
 from safety_neurons.errors import InputError, NeuronError, RunError, UnsupportedModelError
 from safety_neurons.model import LanguageModel, ranks
 from safety_neurons.model.batches import Batch, Halving, collate, descend, forward, plan
@@ -675,7 +676,8 @@ def prepared_examples(
     others = tuning_examples(answered, model, kind="harmless", max_length=settings.max_length, notes=notes)
     if len(others) < wanted:
         notes.append(
-            f"mix {settings.mix:g} asks for {wanted} harmless examples, {harmless.name} gives {len(others)}"
+            f"mix {settings.mix:g} asks for {numbered(wanted, 'harmless example')}, "
+            f"{harmless.name} gives {len(others)}"
         )
     return [*mix(harmful, others, settings.mix, settings.seed), *texts]
 
