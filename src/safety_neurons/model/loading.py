@@ -600,7 +600,8 @@ def _check_read(
         if part is not None and not adapter:
             raise ModelError(
                 f"{folder}: {type(part).__name__} reads the text decoder of this checkpoint of text and "
-                f"more, and {numbered(len(lost), 'weight')} of its other parts not in it ({lost[0]}); such "
+                f"more, and of its other parts {numbered(len(lost), 'weight is', 'weights are')} not in it "
+                f"({lost[0]}); such "
                 "checkpoints are not supported: use one of the text decoder alone, or another model"
             )
         advice = (
@@ -612,8 +613,8 @@ def _check_read(
             )
         )
         raise ModelError(
-            f"{folder}: {numbered(len(lost), 'weight')} of the files not in the model that config.json "
-            f"describes ({lost[0]}); {advice}"
+            f"{folder}: {numbered(len(lost), 'weight of the files is', 'weights of the files are')} not in "
+            f"the model that config.json describes ({lost[0]}); {advice}"
         )
     return (
         [f"{folder.name}: left out {numbered(len(heads), 'weight')} of a head for another use ({heads[0]})"]
@@ -635,7 +636,7 @@ def _refuse_whole_numbers(folder: Path, weights: Weights) -> None:
     )
     if named:
         raise ModelError(
-            f"{folder}: {numbered(len(named), 'weight')} of whole numbers by the files "
+            f"{folder}: {numbered(len(named), 'weight holds', 'weights hold')} whole numbers by the files "
             f"({named[0]}), and config.json names no quantization_config that says what they stand for; "
             "expected numbers with fractions: download the folder again"
         )
