@@ -8,7 +8,7 @@ import sys
 import pytest
 from running import command, done, record
 
-from safety_neurons import load
+from safety_neurons import load, studies
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.results import Completions
 from safety_neurons.studies import lasting
@@ -233,6 +233,21 @@ def test_a_plan_counts_what_the_study_trains_and_measures(kind, words, tiny_pair
     assert passes["tuning"] == 3 * done["tuned"]
     assert passes["fine-tuning"] + passes.get("harmful fine-tuning", 0) == 3 * done["fine-tuned"]
     assert passes["perplexity"] == done["measured"]
+
+
+@pytest.mark.parametrize("kind", STUDIES)
+def test_a_model_with_adapters_is_refused_before_neurons_are_searched(
+    kind, words, tiny_pair, tmp_path, monkeypatch
+):
+    searched = []
+    monkeypatch.setattr(studies, "find_sets", lambda *given, **_: searched.append(given))
+    line = ["study", kind, *words, *STUDIES[kind], "--model", tiny_pair.base, "--out", tmp_path / "run"]
+    if kind == "stress":
+        line += ["--attack", words[words.index("--mixed") + 1]]
+    done = command(*line)
+    assert (done.code, searched) == (2, []), done
+    assert "has adapters" in done.err
+    assert "--merge-adapters" in done.err
 
 
 @pytest.mark.parametrize(

@@ -482,7 +482,9 @@ def parts(
 ) -> tuple[Any, Any, Any]:
     """What is trained, what is measured, and which neurons."""
     from safety_neurons import studies
+    from safety_neurons.tuning.artefacts import check_plain
 
+    check_plain(model)  # before neurons are searched, which takes minutes
     first, judge = session.common.seed, study.judge
     plan = studies.Plan(
         session.read("data", model, study.data_limit),
