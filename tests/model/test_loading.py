@@ -412,7 +412,7 @@ def test_weights_that_the_model_does_not_have_are_an_error(base, tmp_path, kind,
         (folder / "model.safetensors.index.json").write_text(
             json.dumps({"metadata": {}, "weight_map": files})
         )
-    with pytest.raises(ModelError, match="1 weight of the files not in the model") as error:
+    with pytest.raises(ModelError, match="1 weight of the files is not in the model") as error:
         load(folder)
     assert next(iter(LEFT_OVER[kind])) in str(error.value)
     assert _one_line(error)

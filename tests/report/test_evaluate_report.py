@@ -79,7 +79,7 @@ def test_harm_stands_by_suite_and_judge_before_and_after(run, page):
             rate = judged["harm"]
             assert f"{rate['value']:.2f} [{rate['low']:.2f}, {rate['high']:.2f}]" in text
     assert "guard-judge , org/model (treated) does harm on" in text
-    assert "guard-judge left 1\N{NARROW NO-BREAK SPACE}answer to harmful requests unscored" in text
+    assert "guard-judge left 1 answer to harmful requests unscored" in text
     assert "The gate is not passed: harm.advbench: 0.20, expected at most 0.10." in text
     assert "harm on advbench by category, treated" in text
 

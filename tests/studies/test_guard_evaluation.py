@@ -341,7 +341,7 @@ def test_conversations_are_judged_as_the_guard_judges_them(guard, found):
     )
     area = metrics.roc_auc_score([case.unsafe for case in cases], [one.log_odds for one in verdicts])
     assert row["auroc"]["guard"]["value"] == pytest.approx(area, abs=1e-9)
-    assert any("largest of their readings" in note for note in found.notes)
+    assert any("largest of the readings" in note for note in found.notes)
 
 
 def test_every_baseline_has_a_row_with_its_paired_difference(found):

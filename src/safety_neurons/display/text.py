@@ -7,6 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from safety_neurons.counting import numbered
 from safety_neurons.results.notebook import HOLD, KEYBOARD, MINUS, NONE, SPACE, interval, number, visible
 
 __all__ = [
@@ -61,7 +62,7 @@ def duration(seconds: float | int | None) -> str:
 
 def plural(quantity: int, word: str) -> str:
     """`1 layer`, `3 layers`."""
-    return f"{quantity:,}{SPACE}{word}{'' if quantity == 1 else 's'}"
+    return numbered(quantity, word).replace(" ", SPACE, 1)
 
 
 def in_script(value: Any) -> str:
