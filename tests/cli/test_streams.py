@@ -337,3 +337,17 @@ def test_a_terminal_that_knows_few_letters_gets_all_of_the_result(tmp_path):
         env={"PYTHONIOENCODING": "ascii", "PYTHONPATH": ":".join(sys.path)},
     )
     assert run.stdout == b"Gr\\xf6\\xdfe \\u2013 \\u4f60\\u597d\n"
+
+
+@pytest.mark.parametrize("width", [60, 80, 100])
+def test_names_in_a_table_are_not_broken(width, monkeypatch):
+    """A name that is copied from a table stands there whole, however long its neighbours are."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    names = ["qwen2.5-coder-0.5b-instruct", "all-minilm-l6-v2"]
+    rows = [[name, 94, "Apache-2.0 (upstream; unknown)", "a model that says nothing " * 4] for name in names]
+    with contextlib.redirect_stdout(io.StringIO()) as written:
+        console.print_table("models", ["name", "MB", "licence", "what it is"], rows)
+    lines = written.getvalue().splitlines()
+    for name in names:
+        assert any(line.split()[:1] == [name] for line in lines)
+    assert max(map(len, lines)) <= width

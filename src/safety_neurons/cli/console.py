@@ -284,8 +284,8 @@ def print_table(
 ) -> None:
     """A table: columns of numbers stand at the right. No text in it is markup, and none is cut to fit.
 
-    Where the terminal is too narrow, words are folded; columns that still have no room stand below, each time
-    behind the first.
+    Where the terminal is too narrow, text is folded between words; columns that still have no room stand
+    below, each time behind the first.
 
     Args:
         title: stands above it.
@@ -308,7 +308,11 @@ def print_table(
         for number in piece:
             justify: Literal["left", "right"] = "left" if words[number] else "right"
             table.add_column(
-                styled(columns[number]), justify=justify, header_style=f"bold {ACCENT}", overflow="fold"
+                styled(columns[number]),
+                justify=justify,
+                header_style=f"bold {ACCENT}",
+                overflow="fold",
+                min_width=_longest_word(cells, number) if words[number] else None,
             )
         for place, row in enumerate(cells):
             table.add_row(*(row[number] for number in piece), style="dim" if place in quiet else None)
@@ -327,15 +331,23 @@ def _pieces(
     least = []
     for number, column in enumerate(columns):
         widest = max((row[number].cell_len for row in cells), default=0)
-        least.append(
-            2 + max([min(widest, FOLDED) if words[number] else widest, *map(len, seen(column).split())])
-        )
+        if words[number]:
+            widest = max(min(widest, FOLDED), _longest_word(cells, number))
+        least.append(2 + max([widest, *map(len, seen(column).split())]))
     pieces = [[0]]
     for number in range(1, len(columns)):
         if len(pieces[-1]) > 1 and sum(least[one] for one in (*pieces[-1], number)) > width + 2:
             pieces.append([0])
         pieces[-1].append(number)
     return pieces
+
+
+def _longest_word(cells: Sequence[Sequence["Text"]], number: int) -> int:
+    """Width of the longest word of a column, since names are copied from tables; of half the terminal
+    at most, since paths and hashes have no end.
+    """
+    longest = max((len(word) for row in cells for word in row[number].plain.split()), default=0)
+    return min(longest, out().width // 2)
 
 
 def _cell(value: object) -> "Text":
