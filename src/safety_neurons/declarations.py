@@ -204,6 +204,13 @@ class Declaration:
         for one in self.options():
             one.check(getattr(self, one.name))
 
+    def look(self) -> None:
+        """Refuse files that are missing or damaged; asked once every option is known to be right.
+
+        Raises:
+            InputError: the first such file.
+        """
+
 
 @functools.cache
 def _options(cls: type[Declaration]) -> tuple[Option, ...]:

@@ -100,6 +100,8 @@ def _nothing_is_loaded(monkeypatch, tmp_path):
             "--on-unsafe 'refus' is unknown; expected one of refuse, ",
         ),
         (["guard", "serve", *GUARDED, "--timeout", "0"], "--timeout 0.0: expected above 0"),
+        (["guard", "serve", *GUARDED, "--fpr", "2"], "--fpr 2.0: expected above 0 and below 1"),
+        (["guard", "serve", *GUARDED, "--threshold=-1"], "Invalid value for '--threshold'"),
     ],
     ids=lambda value: " ".join(value[-2:]) if isinstance(value, list) else "",
 )
@@ -164,6 +166,27 @@ def test_an_empty_text_is_refused_by_every_verb_and_option_but_where_it_says_som
                 assert (said.code, said.out) == (2, ""), (words, flag, said)
                 assert said.err == f"safety-neurons: {flag} is empty; give it a value or leave it out\n"
     assert allowed == {"--system"}
+
+
+def test_a_wrong_option_is_named_before_a_file_that_is_missing():
+    """`--seed` is checked last of all options."""
+    asked = 0
+    for words, verb in options_page().commands(build()):
+        declared = [one for kind in (*DECLARED[words], options.Common) for one in kind.options()]
+        needed = {
+            one.opts[0]: "nowhere" for one in verb.params if one.required and one.opts[0].startswith("-")
+        }
+        behind = ["nowhere" for one in declared if one.positional]
+        for option in declared:
+            if option.positional or option.type not in (str, pathlib.Path, list[pathlib.Path]):
+                continue
+            given = {**needed, option.flag: "nowhere"}
+            said = command(
+                *words.split(), *(f"{flag}={value}" for flag, value in given.items()), *behind, "--seed=-1"
+            )
+            assert said.code == 2, (words, option.flag, said)
+            asked += "--seed -1 is negative" in said.err
+    assert asked > 100
 
 
 def test_help_names_every_verb_and_every_option_has_words():

@@ -45,11 +45,11 @@ class OfGuard(OneModel):
     guard: Annotated[pathlib.Path, Reads("files")]
     """Folder of the guard, or of the run that fit it."""
 
-    def check(self) -> None:
-        """Also that the guard can be read."""
+    def look(self) -> None:
+        """The guard."""
         from safety_neurons.guard import Guard
 
-        super().check()
+        super().look()
         Guard.load(self.guard)
 
 
@@ -88,13 +88,17 @@ class Examples(Declaration):
             raise UsageError("--unsafe without --safe; expected prompts of both kinds")
         if (self.completions is None) != (self.judge is None):
             raise UsageError("--completions and --judge belong together; expected both, or neither")
+        if self.arm is not None and self.completions is None:
+            raise UsageError("--arm without --completions; expected a completions file whose arm it names")
+
+    def look(self) -> None:
+        """The completions."""
+        super().look()
         if self.completions is not None and not self.completions.is_file():
             raise InputError(
                 f"--completions {str(self.completions)!r}: no such file; expected completions in JSON "
                 "Lines: check the path"
             )
-        if self.arm is not None and self.completions is None:
-            raise UsageError("--arm without --completions; expected a completions file whose arm it names")
 
     def read(self, session: Session, model: Any, limit: int | None) -> Any:
         """The prompts of all sources together."""
@@ -656,9 +660,9 @@ class Guarding(Declaration):
 
     PANEL: ClassVar[str | None] = "What the guard does"
 
-    fpr: float | None = None
+    fpr: OpenShare | None = None
     """Operating point: the false-positive rate it was chosen for."""
-    threshold: float | None = None
+    threshold: Annotated[float | None, Between(0, 1)] = None
     """A threshold of your own in its place."""
     force: bool = False
     """Serve a guard that may stop nothing."""

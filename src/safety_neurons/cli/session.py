@@ -86,7 +86,7 @@ class Common(RunOptions):
     """Run code that comes with the model."""
 
     def check(self) -> None:
-        """Also seed, batch size, template and its arguments."""
+        """Also seed, batch size and the template's arguments."""
         super().check()
         if self.seed < 0:
             raise UsageError(f"--seed {self.seed} is negative; expected 0 or more")
@@ -97,6 +97,10 @@ class Common(RunOptions):
 
             device_places(self.device_map)
             memory_limits(self.max_memory)
+
+    def look(self) -> None:
+        """The template."""
+        super().look()
         if self.template not in TEMPLATES and not pathlib.Path(self.template).expanduser().is_file():
             raise UsageError(
                 f"--template {self.template!r} is no file; expected {', '.join(TEMPLATES)} or the path "

@@ -99,9 +99,9 @@ class Written(Declaration):
     gate: Annotated[pathlib.Path | None, Incidental, Panel("Options")] = None
     """TOML file with achieved = true: exit 3 where tuning did not achieve what it is for."""
 
-    def check(self) -> None:
-        """Also that the gate can be read."""
-        super().check()
+    def look(self) -> None:
+        """The gate."""
+        super().look()
         if self.gate is not None:
             from safety_neurons.results import Gate
 

@@ -218,6 +218,8 @@ def command_of(
             }
             for declaration in parts.values():
                 declaration.check()
+            for declaration in parts.values():
+                declaration.look()
             common = parts.pop("common")
             assert isinstance(common, Common)
             processes.meet(words, common.device_map)

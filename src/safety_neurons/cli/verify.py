@@ -139,6 +139,14 @@ class ScaledSet(Declaration):
         super().check()
         self.numbers()
 
+    def look(self) -> None:
+        """The guard."""
+        super().look()
+        if self.when_guard is not None:
+            from safety_neurons.guard import Guard
+
+            Guard.load(self.when_guard)
+
     def numbers(self) -> list[float]:
         """The factors."""
         try:
@@ -413,6 +421,10 @@ class Evaluated(Declaration):
             raise UsageError(f"{' and '.join(treatments)} given together; expected one treatment")
         if (self.patch is None) != (self.donor is None):
             raise UsageError("--patch and --donor belong together; expected both, or neither")
+
+    def look(self) -> None:
+        """The guard."""
+        super().look()
         if self.guard is not None:
             from safety_neurons.guard import Guard
 
@@ -463,9 +475,9 @@ class Tasks(Declaration):
     tasks_folder: Annotated[pathlib.Path | None, Reads("files")] = None
     """Task files of lm-evaluation-harness."""
 
-    def check(self) -> None:
-        """Also that the folder is one."""
-        super().check()
+    def look(self) -> None:
+        """The folder."""
+        super().look()
         if self.tasks_folder is not None and not self.tasks_folder.is_dir():
             raise InputError(
                 f"--tasks-folder {str(self.tasks_folder)!r} is no folder; expected task files of "
@@ -513,9 +525,9 @@ class Held(Declaration):
     gate: pathlib.Path | None = None
     """Thresholds in TOML; exit 3 where one is not met."""
 
-    def check(self) -> None:
-        """Also that the gate can be read."""
-        super().check()
+    def look(self) -> None:
+        """The gate."""
+        super().look()
         if self.gate is not None:
             from safety_neurons.results import Gate
 
