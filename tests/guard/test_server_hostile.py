@@ -9,17 +9,21 @@ import torch
 from server_tools import TOKEN, Words, running, service
 
 from safety_neurons.guard.server.local import Decode, LocalAnswer
+from safety_neurons.guard.server.routes import CompletionRequest
 from safety_neurons.guard.server.shapes import (
     ChatRequest,
     ClassifyRequest,
     ModerationRequest,
+    Part,
     Problem,
+    text_of,
     validated,
 )
 
 SHOWN = {"Authorization": f"Bearer {TOKEN}"}
 CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": '{"q": "an \\u0061ttack now"}'}}
 TWICE = {**CALL, "function": {"name": "f", "arguments": '{"q": "an \\u0061ttack now", "q": "x"}'}}
+TURN = {"role": "user", "content": "hello"}
 ROUTE = "/beta/litellm_basic_guardrail_api"
 
 
@@ -109,6 +113,83 @@ def test_a_body_of_nothing_but_mistakes_is_refused_at_the_first(shape, field):
     assert (
         noted.value.error_count() <= 4
     )  # one for each kind that the field may be of, and not one for each entry
+
+
+@pytest.mark.parametrize(
+    ("shape", "body", "said"),
+    [
+        (ChatRequest, None, "the body is null; expected an object"),
+        (ChatRequest, {"messages": [TURN]}, "model is missing; give it"),
+        (
+            ChatRequest,
+            {"model": "m", "messages": "hi"},
+            "messages: a string of 2 characters arrived; expected a list",
+        ),
+        (
+            ChatRequest,
+            {"model": "m", "messages": []},
+            "messages: a list of 0 arrived; expected at least 1 of them",
+        ),
+        (
+            ChatRequest,
+            {"model": "m", "messages": [TURN], "max_tokens": 1.5},
+            "max_tokens: 1.5 arrived; expected a whole number",
+        ),
+        (
+            ChatRequest,
+            {"model": "m", "messages": [TURN], "temperature": 3},
+            "temperature: 3 arrived; expected at most 2.0",
+        ),
+        (
+            ChatRequest,
+            {"model": "m", "messages": [TURN], "stop": ["a", 5]},
+            "stop[1]: 5 arrived; expected a string",
+        ),
+        (
+            ChatRequest,
+            {"model": "m", "messages": [{**TURN, "content": True}]},
+            "messages[0].content: true arrived; expected a string or a list",
+        ),
+        (
+            ChatRequest,
+            {"model": "m", "messages": [{**TURN, "content": ["hi"]}]},
+            "messages[0].content[0]: a string of 2 characters arrived; expected an object",
+        ),
+        (
+            ChatRequest,
+            {"model": "m", "messages": [{**TURN, "name": "a b"}]},
+            "messages[0].name: a string of 3 characters arrived; expected at most 128 characters without "
+            "spaces, slashes and brackets",
+        ),
+        (CompletionRequest, {"model": "m", "prompt": [1, 2]}, "prompt[0]: 1 arrived; expected a string"),
+        (ModerationRequest, {"input": []}, "input: a list of 0 arrived; expected at least 1 of them"),
+        (ModerationRequest, {"input": [5]}, "input[0]: 5 arrived; expected a string or an object"),
+        (
+            ModerationRequest,
+            {"input": [{"role": "robot", "content": "x"}]},
+            "input[0].role: a string of 5 characters arrived; expected 'system', 'developer', 'user', "
+            "'assistant', 'tool' or 'function'",
+        ),
+    ],
+)
+def test_a_wrong_field_is_said_with_what_arrived_and_what_was_expected(shape, body, said):
+    with pytest.raises(Problem) as problem:
+        validated(body, shape)
+    assert problem.value.message == said
+
+
+@pytest.mark.parametrize(
+    ("part", "what"),
+    [
+        ({"type": "image_url", "image_url": {"url": "x"}}, "a part of type 'image_url'"),
+        ({"type": "text", "text": "x", "style": "loud"}, "the field 'style' of a part"),
+        ({"type": "text"}, "a part without a text"),
+    ],
+)
+def test_a_part_that_cannot_be_read_is_refused_for_what_is_wrong_with_it(part, what):
+    with pytest.raises(Problem) as problem:
+        text_of(Part(**part), "messages[0]")
+    assert problem.value.message == f"messages[0]: the guard cannot read {what}; expected text"
 
 
 def test_nobody_without_a_token_keeps_a_place_by_a_body_that_never_comes(address):

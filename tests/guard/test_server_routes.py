@@ -180,7 +180,7 @@ def test_responses_are_the_chats_answers(client, strict):
         ("completions", {"prompt": "help", "echo": True}, "echo"),
         ("completions", {"prompt": "help", "logprobs": 0}, "logprobs"),
         ("completions", {"prompt": "help", "suffix": "end"}, "suffix"),
-        ("completions", {"prompt": [[1, 2]]}, "prompt"),
+        ("completions", {"prompt": [[1, 2]]}, "prompt[0]"),
         ("completions", {"prompt": ["help"] * 40, "n": 2}, "n"),
         ("completions", {"prompt": "help", "max_tokens": 33}, "max_tokens"),
         ("responses", {"input": "help", "previous_response_id": "resp_1"}, "previous_response_id"),

@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 from safety_neurons import strict_json
 from safety_neurons.errors import InputError
 from safety_neurons.guard.features import RequestReading, readings
+from safety_neurons.guard.server.mistakes import arrived, first_mistake
 from safety_neurons.prompt_lists import Message, Prompt, request_of
 from safety_neurons.prompt_lists.records import as_text, opened
 
@@ -362,31 +363,12 @@ def validated(value: Any, shape: type[Record]) -> Record:
         Problem: 400, with the path of the first field that is wrong and without what it holds.
     """
     if not isinstance(value, dict):
-        raise Problem(400, f"the body is a JSON {_kind(value)}; expected an object", "invalid_type")
+        raise Problem(400, f"the body is {arrived(value)}; expected an object", "invalid_type")
     try:
         return shape.model_validate(value)
     except pydantic.ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        place = _place(first["loc"])
-        raise Problem(
-            400, f"{place or 'the request'}: {first['msg'][:200]}", "invalid_value", param=place or None
-        ) from None
-
-
-def _place(location: tuple[int | str, ...]) -> str:
-    """A path such as `messages[0].content`; names of union members are left out, long names cut."""
-    path = ""
-    for part in location:
-        if isinstance(part, int):
-            path += f"[{part}]"
-        elif part.isidentifier() and part[0].islower() and part not in ("str", "list", "dict"):
-            path += f".{part[:64]}" if path else part[:64]
-    return path[:200]
-
-
-def _kind(value: Any) -> str:
-    names = {list: "list", str: "string", bool: "boolean", int: "number", float: "number", type(None): "null"}
-    return names.get(type(value), "value")
+        place, said = first_mistake(error)
+        raise Problem(400, said, "invalid_value", param=place or None) from None
 
 
 class Streamed(Response):
@@ -694,13 +676,16 @@ def text_of(part: Part, place: str) -> str:
     texts = [text for text in (part.text, extra.get("refusal")) if text is not None]
     texts += [as_text(extra["annotations"])] if extra.get("annotations") else []
     strange += [name for name in _CACHED if not _is_mark(extra.get(name))]
-    if part.type not in SPEECH or strange or not texts or not all(isinstance(text, str) for text in texts):
-        raise Problem(
-            400,
-            f"{place}: the guard cannot read a part of type {part.type!r}; expected text",
-            "unreadable_content",
-            param=place,
-        )
+    what = None
+    if part.type not in SPEECH:
+        what = f"a part of type {part.type!r}"
+    elif strange:
+        what = f"the field {strange[0][:64]!r} of a part"
+    elif not texts or not all(isinstance(text, str) for text in texts):
+        what = "a part without a text"
+    if what is not None:
+        message = f"{place}: the guard cannot read {what}; expected text"
+        raise Problem(400, message, "unreadable_content", param=place)
     return "\n".join(texts)
 
 
