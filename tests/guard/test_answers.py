@@ -183,6 +183,20 @@ def test_the_threshold_is_set_on_the_largest_check_of_each_safe_answer(guard: Gu
     assert "safe answers" in recheck.why
 
 
+def test_what_the_checks_stop_is_as_sure_as_there_are_groups(model: LanguageModel) -> None:
+    prompts = Prompts([Prompt(str(n), text, group=str(n // 3)) for n, text in enumerate(ASKED)])
+    written = answers_written(model, prompts, model.complete(prompts, max_new_tokens=NEW))
+    half = len(written) // 6 * 3
+    found = fit_answers(
+        tiny_guard(model), written[:half], written[half:], every=4, max_new_tokens=NEW, fpr=0.3
+    )
+    assert found.recheck is not None
+    assert found.answers is not None
+    (point,) = (one for one in found.answers.operating_points if one.fpr_target == 0.3)
+    for rate, known in ((found.recheck.fpr, point.fpr), (found.recheck.tpr, point.tpr)):
+        assert (rate.value, rate.low, rate.high) == pytest.approx((known.value, known.low, known.high))
+
+
 def test_words_that_give_an_answer_away_are_learnt_from_records(model: LanguageModel) -> None:
     """A planted truth: unsafe answers speak of a bomb."""
     prompts = {

@@ -3,6 +3,7 @@ said of the data.
 """
 
 import dataclasses
+import pathlib
 from typing import Any
 
 import numpy as np
@@ -192,6 +193,34 @@ def test_a_fit_says_what_its_threshold_catches_and_what_it_flags_of_requests_fro
         model, guard.neurons, requests("bomb", 20, 0), requests("cake", 20, 0), pooling="last", other=None
     )
     assert "other" not in unmeasured.report
+
+
+def test_what_a_threshold_catches_is_as_sure_as_there_are_groups(
+    model: LanguageModel, neurons: NeuronSet, tmp_path: pathlib.Path
+) -> None:
+    """Four requests each are of one deed: the threshold in force knows as little as its operating point."""
+
+    def grouped(word: str, seed: int) -> Prompts:
+        texts = requests(word, 80, seed)
+        return Prompts(
+            [Prompt(f"{word}-{n}", text, group=f"{word}-{n // 4}") for n, text in enumerate(texts)]
+        )
+
+    found = fit_guard(model, neurons, grouped("bomb", 0), grouped("cake", 0), fpr=0.3, other=None)
+    again = recalibrate(found, model, grouped("bomb", 1), grouped("cake", 1))
+    found.save(tmp_path)
+    for guard in (found, again, Guard.load(tmp_path)):
+        (point,) = (one for one in guard.operating_points if one.fpr_target == 0.3)
+        assert guard.rates is not None
+        for rate, known in zip(guard.rates, (point.fpr, point.tpr), strict=True):
+            assert (rate.value, rate.n) == (known.value, known.n)
+            assert (rate.low, rate.high) == pytest.approx((known.low, known.high))
+    alone = dataclasses.replace(found, reference={**found.reference, "groups": None})
+    assert found.rates is not None
+    assert alone.rates is not None
+    for rate, known in zip(found.rates, alone.rates, strict=True):
+        assert rate.value == known.value
+        assert (rate.high or 0) - (rate.low or 0) > (known.high or 0) - (known.low or 0)
 
 
 def test_a_guard_that_flags_look_alikes_is_warned_of(model: LanguageModel, neurons: NeuronSet) -> None:

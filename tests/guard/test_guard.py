@@ -308,6 +308,14 @@ def test_facts_that_are_damaged_are_one_line(guard: Guard, tmp_path: Path, facts
             '{"kind": "temperature", "temperature": -1, "shift": 0, "scores": [], "log_odds": []}',
         ),
         ("recheck", "[]"),
+        ("reference", '{"probabilities": 3}'),
+        ("reference", '{"probabilities": {"safe": [0.1], "unsafe": 3}}'),
+        ("reference", '{"probabilities": {"safe": [0.1], "unsafe": ["x"]}}'),
+        ("reference", '{"groups": {"safe": [], "unsafe": []}}'),
+        (
+            "reference",
+            '{"probabilities": {"safe": [0.1], "unsafe": [0.2]}, "groups": {"safe": [], "unsafe": [0]}}',
+        ),
         (
             "calibration",
             '{"kind": "isotonic", "temperature": 1, "shift": 0, "scores": [2, 1], "log_odds": [0, 1]}',

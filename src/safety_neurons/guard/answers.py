@@ -224,6 +224,7 @@ def fit_answers(
     chosen = min(tried, key=lambda pooling: (tried[pooling].rank(how), how.poolings.index(pooling)))
     fitted = tried[chosen].fitted(settings)
     values, held = tried[chosen].values[tried[chosen].split.calibration], data.labels[split.calibration]
+    held_groups = [data.groups[int(answer)] for answer in split.calibration]
     report = {
         "auroc": fitted.auroc,
         "validation_auroc": fitted.validation_auroc,
@@ -246,7 +247,7 @@ def fit_answers(
         threshold=fitted.threshold,
         in_force=f"{PROVISIONAL}fpr {fitted.fpr:g}",
         bindings=guard.bindings,
-        reference=histograms(fitted.classifier, values, fitted.probabilities, held),
+        reference=histograms(fitted.classifier, values, fitted.probabilities, held, held_groups),
         report=plain(report),
         notes=fitted.notes,
         model=guard.model,
@@ -389,7 +390,8 @@ class _Answers:
     ) -> Recheck:
         """What the threshold stops of the answers that calibrated it."""
         held, labels = examples.split.calibration, examples.labels[examples.split.calibration]
-        fpr, tpr = rates_at(fitted.probabilities, labels, answers.threshold)
+        shared = [examples.groups[int(row)] for row in held]
+        fpr, tpr = rates_at(fitted.probabilities, labels, answers.threshold, shared)
         needed, n_safe = math.ceil(EXAMPLES / fitted.fpr), int((~labels).sum())
         why = f"{numbered(n_safe, 'safe answer')}, {needed:,} are needed ({EXAMPLES} / {fitted.fpr:g})"
         assert len(held) == len(fitted.probabilities)

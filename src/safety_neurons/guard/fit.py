@@ -24,6 +24,7 @@ from safety_neurons.guard.calibration import (
     fit_calibration,
     log_loss,
     operating_points,
+    rates_at,
     threshold_for,
 )
 from safety_neurons.guard.features import Features, Pooling, read_poolings, read_tokens, readings
@@ -539,6 +540,8 @@ def fit_guard(
     labels = data.labels[usable]
     shared = [data.prompts[int(index)].group for index in usable]
     split = stratified_split(labels, seed=how.seed, shares=how.shares, groups=shared)
+    held = split.calibration
+    held_groups = [shared[int(place)] for place in held]
     check_varying(model, {pooling: features.values[usable] for pooling, features in read.items()})
     choices = {
         pooling: agreed.choice
@@ -547,7 +550,7 @@ def fit_guard(
         for pooling, features in read.items()
     }
     chosen = min(choices, key=lambda pooling: (choices[pooling].rank, how.poolings.index(pooling)))
-    values, held = read[chosen].values[usable], split.calibration
+    values = read[chosen].values[usable]
     further, unread = further_readings(
         model, [data.prompts[int(index)] for index in usable[held]], neurons, chosen, batch_size, direction
     )
@@ -569,14 +572,16 @@ def fit_guard(
         threshold=fitted.threshold,
         in_force=f"{PROVISIONAL}fpr {fitted.fpr:g}",
         bindings=bindings_of(model, neurons),
-        reference=histograms(fitted.classifier, values[held], fitted.probabilities, labels[held]),
+        reference=histograms(
+            fitted.classifier, values[held], fitted.probabilities, labels[held], held_groups
+        ),
         report=plain({**_report(fitted, data, usable), "poolings": tried, "seed": how.seed}),
         notes=tuple(
             dict.fromkeys([*read[chosen].notes, *data.notes, *notes, *_overlap(neurons, data), *fitted.notes])
         ),
         model=model,
     )
-    guard = with_conversations(guard, values[held], labels[held], fitted.probabilities, further)
+    guard = with_conversations(guard, values[held], labels[held], fitted.probabilities, further, held_groups)
     return warned(guard if other is None else measured_on(guard, *other, batch_size=batch_size))
 
 
@@ -669,6 +674,7 @@ def with_conversations(
     unsafe: Bool[np.ndarray, " prompt"],
     chances: np.ndarray,
     further: Mapping[int, Readings],
+    groups: Sequence[str | None],
 ) -> Guard:
     """The guard with what its threshold flags of the calibration conversations: read whole, and by the
     largest of their readings.
@@ -676,17 +682,11 @@ def with_conversations(
     places = sorted(further)
     if not places:
         return guard
-    labels, whole = (
-        unsafe[places],
-        guard.probabilities(torch.from_numpy(values[places])).numpy() >= guard.threshold,
-    )
-    flagged = chances[places] >= guard.threshold
-    told = {
-        "fpr": rate(flagged[~labels]),
-        "tpr": rate(flagged[labels]),
-        "fpr_read_whole": rate(whole[~labels]),
-        "tpr_read_whole": rate(whole[labels]),
-    }
+    labels, shared = unsafe[places], [groups[place] for place in places]
+    whole = guard.probabilities(torch.from_numpy(values[places])).numpy()
+    fpr, tpr = rates_at(chances[places], labels, guard.threshold, shared)
+    fpr_whole, tpr_whole = rates_at(whole, labels, guard.threshold, shared)
+    told = {"fpr": fpr, "tpr": tpr, "fpr_read_whole": fpr_whole, "tpr_read_whole": tpr_whole}
     return dataclasses.replace(guard, report={**guard.report, "conversations": plain(told)})
 
 
@@ -839,13 +839,18 @@ def counted(labels: Labels) -> dict[str, int]:
 
 
 def histograms(
-    classifier: Classifier, values: np.ndarray, probabilities: np.ndarray, unsafe: Bool[np.ndarray, " prompt"]
+    classifier: Classifier,
+    values: np.ndarray,
+    probabilities: np.ndarray,
+    unsafe: Bool[np.ndarray, " prompt"],
+    groups: Sequence[str | None],
 ) -> dict[str, Any]:
     """What is kept of the calibration examples: histograms that later traffic is compared with, and their
-    probabilities.
+    probabilities with the groups they are of.
 
     Probability in 20 bins of equal width; distance (root mean square of the standardised features) in 20 bins
-    of equally many examples, open at both ends. The probabilities, sorted, say what any threshold catches.
+    of equally many examples, open at both ends. The probabilities, sorted, say what any threshold catches,
+    and their groups, numbered, how far that can be relied on.
     """
     edges = np.linspace(0, 1, BINS + 1)
     distances = (
@@ -856,6 +861,8 @@ def histograms(
         .numpy()
     )
     inner = np.unique(np.quantile(distances, np.linspace(0, 1, BINS + 1)[1:-1]))
+    rising, clusters = np.argsort(probabilities, kind="stable"), clusters_of(groups, len(unsafe))
+    sorted_by = {"safe": rising[~unsafe[rising]], "unsafe": rising[unsafe[rising]]}
     return {
         "p_unsafe": {
             "edges": edges.tolist(),
@@ -868,8 +875,6 @@ def histograms(
                 np.searchsorted(inner, distances, side="right"), minlength=len(inner) + 1
             ).tolist(),
         },
-        "probabilities": {
-            "safe": np.sort(probabilities[~unsafe]).tolist(),
-            "unsafe": np.sort(probabilities[unsafe]).tolist(),
-        },
+        "probabilities": {kind: probabilities[order].tolist() for kind, order in sorted_by.items()},
+        "groups": {kind: clusters[order].tolist() for kind, order in sorted_by.items()},
     }

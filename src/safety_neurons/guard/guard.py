@@ -173,6 +173,7 @@ def _reaching(model: LanguageModel, last: int) -> Callable[[str, Tensor], bool]:
 
 TOP = 5
 PROVISIONAL = "provisional "
+KINDS = ("safe", "unsafe")
 """Before the false-positive rate of a threshold that no traffic of the user's own has confirmed."""
 _NOT_FINITE = "an activation is NaN or infinite"
 FAILURES = (Exception,)
@@ -195,8 +196,8 @@ class Guard:
         in_force: where it comes from: `fpr 0.01`, `provisional …` until traffic of the user's own confirmed
             it, or `given`.
         bindings: the model, weights, tokenizer and template it was fit on.
-        reference: of its calibration examples the probabilities, and histograms of probability and distance,
-            for drift.
+        reference: of its calibration examples the probabilities with their groups, and histograms of
+            probability and distance, for drift.
         report: what was measured while it was fit, as JSON values.
         notes: warnings.
         recheck: threshold for re-checks of answers under way, measured at such positions; None where nothing
@@ -337,11 +338,13 @@ class Guard:
         """
         kept = self.reference.get("probabilities")
         if kept is not None:
-            safe, unsafe = (np.asarray(kept[word], np.float64) for word in ("safe", "unsafe"))
+            safe, unsafe = (np.asarray(kept[kind], np.float64) for kind in KINDS)
+            groups = self.reference.get("groups")  # files of earlier versions have none
             return rates_at(
                 np.concatenate([safe, unsafe]),
                 np.arange(len(safe) + len(unsafe)) >= len(safe),
                 self.threshold,
+                groups and [str(one) for kind in KINDS for one in groups[kind]],
             )
         # Files of earlier versions keep the rates of their operating points only, that of a provisional
         # threshold among them.
@@ -729,10 +732,14 @@ class GuardFacts:
                 "expected a few words"
             )
         # Thresholds are weighed by them.
-        for value in (
-            value for values in (self.reference.get("probabilities") or {}).values() for value in values
-        ):
+        kept, groups = self.reference.get("probabilities") or {}, self.reference.get("groups")
+        for value in (value for values in kept.values() for value in values):
             check_probability(value, "threshold")
+        if groups is not None and any(
+            len(groups[kind]) != len(kept[kind]) or not all(isinstance(one, int) for one in groups[kind])
+            for kind in KINDS
+        ):
+            raise InputError("a guard with other groups than probabilities; expected a number of each")
 
 
 def _read_facts(path: pathlib.Path) -> dict[str, Any]:

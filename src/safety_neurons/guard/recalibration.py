@@ -114,7 +114,7 @@ def recalibrate(
         threshold=found.threshold,
         in_force=f"{'' if own else PROVISIONAL}fpr {how.fpr:g}",
         bindings=bindings_of(model, neurons),
-        reference=histograms(found.classifier, features.values[usable], found.probabilities, labels),
+        reference=histograms(found.classifier, features.values[usable], found.probabilities, labels, shared),
         report=plain(
             {**guard.report, "recalibrated": measured, "fpr": how.fpr, "other": None, "conversations": None}
         ),
@@ -123,7 +123,8 @@ def recalibrate(
         answers=None,
         model=model,
     )
-    return warned(with_conversations(again, features.values[usable], labels, found.probabilities, further))
+    again = with_conversations(again, features.values[usable], labels, found.probabilities, further, shared)
+    return warned(again)
 
 
 def _said(guard: Guard, area: float | None, prompts: int, seen: int, left_out: int) -> list[str]:
