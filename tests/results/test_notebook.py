@@ -8,6 +8,7 @@ import pytest
 from hypothesis import strategies
 
 from safety_neurons.results import Agreement, Completion, Completions, Difference, Effect, Rate, html_table
+from safety_neurons.results.notebook import visible
 
 RATE = Rate(0.5, 0.25, 0.75, 12, 3)
 HOSTILE = '</td><script>alert(1)</script><img src=x onerror=alert(1)>"\u202e\x00\ud800'
@@ -62,6 +63,14 @@ def test_results_show_their_numbers_and_nothing_else(result, says):
     assert says in " ".join(seen.said).replace("\N{NO-BREAK SPACE}", " ")
     assert "http" not in shown
     assert shown.encode()
+
+
+def test_a_text_is_never_cut_to_something_longer():
+    for length in range(20, 60):
+        shown = visible("x" * length, 24)
+        assert len(shown) <= length
+        assert shown == "x" * length or shown.endswith(f"… ({length - 24:,} characters more)")
+    assert visible("x" * 24 + "y" * 40, 24) == "x" * 24 + "… (40 characters more)"
 
 
 def test_long_lists_and_long_texts_are_cut_and_counted():

@@ -24,13 +24,18 @@ LONG = 300
 
 def visible(text: object, limit: int | None = None) -> str:
     """The text with every unseen character named as ⟨U+202E⟩, and what is beyond `limit` characters cut and
-    counted.
+    counted, unless the count would be longer than what it counts.
     """
     whole = str(text)
-    kept = whole if limit is None or len(whole) <= limit else whole[:limit]
+    kept = whole if limit is None else whole[:limit]
+    if len(_more(len(whole) - len(kept))) > len(whole) - len(kept):
+        kept = whole
     shown = UNSEEN.sub(lambda match: f"⟨U+{ord(match[0]):04X}⟩", kept.replace("\r\n", "\n"))
-    cut = len(whole) - len(kept)
-    return shown if not cut else f"{shown}… ({cut:,} characters more)"
+    return shown + _more(cut) if (cut := len(whole) - len(kept)) else shown
+
+
+def _more(cut: int) -> str:
+    return f"… ({cut:,} characters more)"
 
 
 def html_table(caption: object, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
