@@ -167,6 +167,10 @@ def test_the_banner_says_what_is_risky():
         guard_serve.banner(Tiny(), shy, "http://x")
     )
     said = " ".join(guard_serve.banner(Tiny(), bold, "http://x"))
-    assert "--fail-open" in said
     assert "--shadow" in said
+    assert "is not safe" not in said
     assert "http://localhost:1/v1" in said
+    open_ = guard_serve.configured(served(fail_open=True, recheck_every=4))
+    said = " ".join(guard_serve.banner(Tiny(), open_, "http://x"))
+    assert "--fail-open" in said
+    assert f"as m, in up to {open_.limits.new_tokens:,} tokens, checked every 4 " in said

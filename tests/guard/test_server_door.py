@@ -298,6 +298,21 @@ def test_prompts_are_logged_where_that_is_asked_for():
     assert events[-1]["prompt"] == ["a zebra"]
 
 
+def test_an_answer_that_is_judged_is_logged_behind_what_was_asked():
+    class ReadsAnswers(Words):
+        reads_answers = True
+
+    events, asked = [], {"input_type": "response", "texts": ["a zebra", "a horse"]}
+    turns = [{"role": "user", "content": "which animal?"}]
+    with running(service(ReadsAnswers(), log_prompts=True, log=events.append)) as address:
+        for more in ({}, {"structured_messages": turns}):
+            httpx.post(f"{address}/beta/litellm_basic_guardrail_api", json={**asked, **more})
+    assert [event["prompt"] for event in events] == [
+        [["a zebra"], ["a horse"]],
+        [["which animal?", "a zebra"], ["which animal?", "a horse"]],
+    ]
+
+
 def test_an_error_that_nobody_foresaw_is_a_500_without_its_words():
     class Broken(Words):
         def score(self, prepared):

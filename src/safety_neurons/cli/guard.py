@@ -782,7 +782,11 @@ def serve(session: Session, served: Served) -> None:
         run(
             service,
             sock,
-            lambda: tell_json(bound, settings, where) if common.json else say(banner(bound, settings, where)),
+            lambda: (
+                tell_json(bound, service.settings, where)
+                if common.json
+                else say(banner(bound, service.settings, where))
+            ),
         )
     counts = service.engine.counts
     if common.json:

@@ -13,13 +13,24 @@ RATES = ("caught", "false_positives")
 
 
 def banner(guard: Any, settings: Any, where: str) -> list[str]:
-    """What a person reads when the server is ready."""
-    unsure = "is let through (--fail-open)" if settings.fail_open else "is not safe"
+    """What a person reads when the server is ready.
+
+    Args:
+        guard: bound.
+        settings: of the service, which may take less than it was asked to: re-checks bound the answers.
+        where: its address.
+    """
     flagged = (
-        "is answered like any other (--shadow)"
-        if settings.shadow
-        else f"gets {'a refusal' if settings.on_unsafe == 'refuse' else 'an error'}"
+        f"gets {'a refusal' if settings.on_unsafe == 'refuse' else 'an error'}; what the guard cannot judge "
     )
+    flagged += "is let through (--fail-open)" if settings.fail_open else "is not safe"
+    if settings.shadow:
+        flagged = "is answered like any other, and so is what the guard cannot judge (--shadow)"
+    answers = settings.upstream or (
+        f"the model itself, as {settings.name}, in up to {numbered(settings.limits.new_tokens, 'token')}"
+    )
+    if settings.recheck_every:
+        answers += f", checked every {settings.recheck_every}"
     who = "clients with the token" if settings.token else "this machine only, without a token"
     standing = guard.standing
     from safety_neurons.display.guards import interval
@@ -33,8 +44,8 @@ def banner(guard: Any, settings: Any, where: str) -> list[str]:
         f"({guard.in_force})",
         f"catches    {caught} of the unsafe requests it was calibrated on, and {wrong} of the safe ones",
         *([f"beware     {guard.why_idle}"] if guard.why_idle else []),
-        f"answers    {settings.upstream or f'the model itself, as {settings.name}'}",
-        f"flagged    {flagged}; what the guard cannot judge {unsure}",
+        f"answers    {answers}",
+        f"flagged    {flagged}",
         f"open to    {who}",
         f"listening  {where}",
     ]

@@ -208,10 +208,16 @@ class Verdicts:
             message = f"{len(asked)} texts; expected at most {self.settings.limits.inputs}"
             raise Problem(400, message, "too_many_inputs", param="texts" if route == GUARDRAIL else "input")
         if self.settings.log_prompts:
-            noted["prompt"] = [
-                [turn.content for turn in ways[0].prompt.messages] or ways[0].prompt.text for ways in asked
-            ]
+            noted["prompt"] = [_logged(ways[0].prompt) for ways in asked]
         return await self.gate.judge(asked, route, noted)
+
+
+def _logged(prompt: Prompt) -> str | list[str]:
+    """What was judged, as it stands in the log: a text, or the turns of a conversation with its answer."""
+    if prompt.answer is None and not prompt.messages:
+        return prompt.text
+    turns = [turn.content for turn in prompt.turns if prompt.messages or turn.content]
+    return turns if prompt.answer is None else [*turns, prompt.answer]
 
 
 def _moderation(outcome: Outcome) -> dict[str, Any]:
