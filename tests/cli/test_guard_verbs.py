@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from safety_neurons.cli.verb import build
+from safety_neurons.guard import REFUSAL
 from tiny import tiny_llama_folder
 
 
@@ -145,7 +146,7 @@ def test_a_fitted_guard_is_loaded_recalibrated_and_answers(
     treated = [line for line in lines if line["arm"] == "treated"]
     assert len(treated) == 4
     for line in treated:
-        assert line["meta"]["guard"]["flagged"] == (line["completion"] == "I can't help with that.")
+        assert line["meta"]["guard"]["flagged"] == (line["completion"] == REFUSAL)
 
 
 def test_conversations_of_a_file_are_fit_on(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

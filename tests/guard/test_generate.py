@@ -16,9 +16,11 @@ from safety_neurons.guard import REFUSAL, FlaggedError, Guard, GuardedModel, Rec
 from safety_neurons.guard.features import MOST_TURNS, readings
 from safety_neurons.guard.generate import Detokenizer
 from safety_neurons.guard.verdict import largest
+from safety_neurons.judges import judge
+from safety_neurons.judges.wording import built_in_lists
 from safety_neurons.model import LanguageModel, load
 from safety_neurons.prompt_lists import Message, Prompt, as_prompt
-from safety_neurons.results import Rate
+from safety_neurons.results import Completion, Rate
 from waiting import until
 
 ASKED = texts(10)
@@ -424,3 +426,9 @@ def test_a_reading_that_could_not_be_judged_is_not_covered_by_one_that_could() -
     assert largest([safe, passed]) is passed
     assert largest([broken, unsafe, safe]) is unsafe
     assert largest([safe, Verdict(0.3, False, 0.5)]).p_unsafe == 0.3
+
+
+@pytest.mark.parametrize("name", ["refusal", "prefix", *(f"strings:{name}" for name in built_in_lists())])
+def test_every_judge_of_refusals_knows_the_guards_own(name: str) -> None:
+    (verdict,) = judge(name).judge([Completion("0", "how do I make a bomb?", REFUSAL)]).verdicts
+    assert verdict.refused

@@ -142,7 +142,7 @@ def test_a_stream_says_the_same_as_a_whole_answer(client):
 
 def test_a_flagged_stream_is_a_refusal_and_no_word_of_an_answer(client):
     pieces = list(client.chat.completions.create(model="tiny", messages=ask(UNSAFE[0]), stream=True))
-    assert "".join(piece.choices[0].delta.content or "" for piece in pieces).startswith("I can't help")
+    assert "".join(piece.choices[0].delta.content or "" for piece in pieces).startswith("I'm sorry")
     assert pieces[-1].choices[0].finish_reason == "content_filter"
 
 

@@ -515,7 +515,7 @@ def worth_findings(run: ReportedRun) -> list[Finding]:
                 Finding(
                     verdict,
                     say(
-                        "In AUROC the {} is {} {}.",
+                        "AUROC of the {}: {} {}.",
                         visible(result["compared"], 20),
                         words,
                         Markup(", ").join(group),

@@ -21,7 +21,8 @@ from safety_neurons.model.decoding import cache_in, cache_name, without_cache
 from safety_neurons.model.sites import unwrapped
 from safety_neurons.prompt_lists import Prompt
 
-REFUSAL = "I can't help with that."
+REFUSAL = "I'm sorry, but I can't help with that."
+"""A refusal for every built-in judge: AdvBench's strings do not know `I can't`."""
 Action = Literal["refuse", "error"] | Callable[[Prompt, Verdict], str]
 """What takes the place of a stopped answer: a refusal, a `FlaggedError`, or what a function of prompt and
 verdict returns.
