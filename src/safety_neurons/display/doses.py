@@ -135,9 +135,10 @@ def _curve(result: Mapping[str, Any], key: str, title: str) -> Figure | None:
 
 
 def _strongest(result: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The dose that moves refusals most, clear ones first."""
+    """The dose that moves refusals most, clear ones first; factor 1 is the model as it is."""
+    moved = [dose for dose in result["doses"] if dose["factor"] != 1]
     return max(
-        result["doses"],
+        moved or result["doses"],
         key=lambda dose: (is_clear(dose["change_against_random"]), abs(dose["change"]["value"] or 0.0)),
     )
 
@@ -145,7 +146,7 @@ def _strongest(result: Mapping[str, Any]) -> Mapping[str, Any]:
 def scale_findings(run: ReportedRun) -> list[Finding]:
     """Whether refusals follow the factor, beyond random sets, and what the largest factor costs."""
     result = run.result
-    best, last = _strongest(result), result["doses"][-1]
+    best, last = _strongest(result), max(result["doses"], key=lambda dose: dose["factor"])
     against = best["change_against_random"]
     text = say(
         "Multiplied by {}, the {}{} change refusals of harmful requests by {}; against random sets {}{}.",
