@@ -451,3 +451,131 @@ def test_any_value_in_memory_or_in_a_file_gives_prompts_or_one_line(tmp_path, va
         assert "expected" in advice
         assert "\n" not in advice
         assert all(isinstance(prompt.text, str) for prompt in found)
+
+
+# Nothing is merged, paired wrongly or lost in silence
+
+KEPT_APART = {
+    "lines of old Macs": ("a.txt", "a\rb\r", [("a", None), ("b", None)]),
+    "a table of old Macs": ("a.csv", "sep=;\rprompt;answer\ra;1\rb;2\r", [("a", "1"), ("b", "2")]),
+    "blank lines before the header": ("a.csv", "\n ,\nprompt,answer\na,1\nb,2\n", [("a", "1"), ("b", "2")]),
+    "two marks": ("a.csv", "\ufeff\ufeffprompt,answer\na,1\nb,2\n", [("a", "1"), ("b", "2")]),
+    "spaces before quotation marks": (
+        "a.csv",
+        'id, prompt, answer\n1, "a, b", 1\n2, c, "2"\n',
+        [("a, b", "1"), ("c", "2")],
+    ),
+    "requests of a human": (
+        "a.json",
+        json.dumps([{"role": "human", "content": "a"}, {"role": "Human", "content": "b"}]),
+        [("a", None), ("b", None)],
+    ),
+    "turns from and to": (
+        "a.json",
+        json.dumps([{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]),
+        [("a", "b")],
+    ),
+    "texts beside their answers": (
+        "a.json",
+        json.dumps({"questions": ["a", "b"], "answers": ["1", "2"]}),
+        [("a", "1"), ("b", "2")],
+    ),
+    "prompts beside their answers": (
+        "a.json",
+        json.dumps({"name": "x", "prompts": ["a", "b"], "responses": ["1", "2"]}),
+        [("a", "1"), ("b", "2")],
+    ),
+    "rows in another order": (
+        "a.json",
+        json.dumps({"goal": {"0": "a", "1": "b"}, "target": {"1": "2", "0": "1"}}),
+        [("a", "1"), ("b", "2")],
+    ),
+    "an agent's turn by itself": (
+        "a.jsonl",
+        '{"role": "User", "content": "a"}\n{"role": "Agent", "content": "b"}\n',
+        [("a", None)],
+    ),
+    "answers of SQuAD": (
+        "a.jsonl",
+        json.dumps({"question": "a", "answers": {"text": ["1", "one"], "answer_start": [0, 3]}}),
+        [("a", "1")],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", KEPT_APART)
+def test_requests_stay_apart_and_keep_their_own_answers(tmp_path, case):
+    name, content, wanted = KEPT_APART[case]
+    assert [(one.text, one.answer) for one in prompts(written(tmp_path, name, content))] == wanted
+
+
+def test_what_is_left_out_of_an_object_a_cell_or_a_row_is_said(tmp_path):
+    beside = json.dumps({"prompts": ["a"], "few_shot": ["x", "y"]})
+    assert prompts(written(tmp_path, "a.json", beside)).notes == [
+        "left out what stands beside the prompts: few_shot"
+    ]
+    numbers = (
+        '{"prompt": "a", "answer": 4}\n{"prompt": "b", "answer": true}\n{"prompt": "c", "answer": "4"}\n'
+    )
+    found = prompts(written(tmp_path, "a.jsonl", numbers))
+    assert found.answers == [None, None, "4"]
+    assert found.notes[0].startswith("2 answers are numbers or truth values")
+    system = {"system": "B", "messages": [{"role": "system", "content": "A"}, *USER]}
+    found = prompts(written(tmp_path, "b.jsonl", json.dumps(system)))
+    assert found[0].messages[0] == Message("system", "A")
+    assert "other system prompt is left out" in found.notes[0]
+    alone = {"messages": [{"role": "assistant", "content": "x"}]}
+    found = prompts(written(tmp_path, "c.jsonl", json.dumps(alone) + '\n{"prompt": "a"}\n'))
+    assert found.notes[0].startswith("left out 1 conversation without a user's turn")
+
+
+@pytest.mark.parametrize(("name", "sign"), [("a.csv", ","), ("a.tsv", "\t")])
+def test_a_cell_that_swallows_rows_is_noticed_and_one_of_several_lines_is_not(tmp_path, name, sign):
+    rows = [["prompt", "label"], ['"a', "1"], ["b", "0"], ['c"', "1"]]
+    found = prompts(written(tmp_path, name, "\n".join(map(sign.join, rows))))
+    assert len(found) == 1
+    assert found.notes == [
+        "a cell from line 2 on holds lines that look like rows; look whether a quotation mark is missing"
+    ]
+    rows = [["prompt", "label"], ['"a\nb\nc"', "1"]]
+    assert prompts(written(tmp_path, name, "\n".join(map(sign.join, rows)))).notes == []
+
+
+@pytest.mark.parametrize(
+    "split",
+    [
+        {"columns": ["prompt", "label"], "data": [["a", 1, "x"]]},
+        {"columns": ["prompt", "label"], "data": [["a"]]},
+        {"columns": ["prompt", "prompt"], "data": [["a", "b"]]},
+        {"goal": {"0": "a", "1": "b"}, "target": {"1": "2", "2": "3"}},
+        {"questions": ["a", "b"], "answers": ["1"]},
+    ],
+)
+def test_columns_that_do_not_fit_one_another_are_refused(tmp_path, split):
+    with pytest.raises(InputError, match=r"columns|the header names"):
+        prompts(written(tmp_path, "a.json", json.dumps(split)))
+
+
+def test_unnamed_columns_are_kept_apart(tmp_path):
+    (found,) = prompts(written(tmp_path, "a.csv", ",,prompt\n0,x,a\n"))
+    assert list(found.meta.values()) == ["0", "x"]
+    assert len(found.meta) == 2
+
+
+def test_a_number_in_the_first_row_of_data_is_no_name_of_a_column(tmp_path):
+    table = written(tmp_path, "a.csv", "How do I knit?,1\nHow do I sew?,0\n")
+    assert prompts(table, column="1").texts == ["How do I knit?", "How do I sew?"]
+    named = written(tmp_path, "b.csv", "0,1\nx,How do I knit?\n")
+    assert prompts(named, column="1").texts == ["How do I knit?"]
+
+
+def test_ids_and_groups_that_a_table_made_floats_of_are_whole(tmp_path):
+    found = prompts([{"id": 7.0, "group": 1.0, "prompt": "a"}, {"id": 8.0, "group": 1.5, "prompt": "b"}])
+    assert [(one.id, one.group) for one in found] == [("7", "1"), ("8", "1.5")]
+
+
+@pytest.mark.parametrize("ids", [["a", "a", "a#2"], ["a#2", "a", "a"], ["a", "a", "a#2", "a#2", "a"]])
+def test_numbered_ids_meet_no_given_one(ids):
+    found = prompts([{"id": one, "prompt": "x"} for one in ids])
+    assert len({one.id for one in found}) == len(ids)
+    assert found[ids.index("a#2")].id == "a#2"

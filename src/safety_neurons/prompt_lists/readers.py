@@ -241,7 +241,7 @@ def text_of(data: bytes, path: Path) -> tuple[str, list[str]]:
     data = _uncompressed(path, data)
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         return _of_utf16(path, data), ["UTF-16 text; read as such"]
-    if data.startswith(b"\xef\xbb\xbf"):
+    while data.startswith(b"\xef\xbb\xbf"):  # twice where a program added one to a file that had one
         data = data[3:]
     if not data.strip():
         raise InputError(f"{path}: the file is empty; expected at least one prompt")

@@ -221,6 +221,7 @@ ROLES = {
     "chatbot": "assistant",
     "model": "assistant",
     "ai": "assistant",
+    "agent": "assistant",
     "function_call": "assistant",
     "tool_call": "assistant",
     "tool": "tool",

@@ -35,6 +35,7 @@ from safety_neurons.prompt_lists.tables import (
     find_column,
     folded,
     listed,
+    looks_like_data,
     plan_for,
     too_many,
 )
@@ -159,12 +160,11 @@ class _RowReader:
         except (_Unusable, UnreadableTurnError) as error:
             self._leave(str(error), number)
             return None
+        asked = not turns or any(turn.role == "user" for turn in turns)
         turns, answer, answered_by = self._with_answer(row, plan, column, turns)
         text = request_of(turns)
         if not text.strip():
-            self._tally.add(
-                "empty" if not turns or any(turn.role == "user" for turn in turns) else "no request", number
-            )
+            self._tally.add("empty" if asked else "no request", number)
             return None
         joined = {column, answered_by}
         if len(turns) == 1 and turns[0].role == "user":
@@ -355,6 +355,7 @@ class _RowReader:
             if text.strip() and turns[0].role != "system":
                 self._systems.add(name, self._number)
                 return [Message("system", self._clean(text)), *turns], name
+            self._tally.add("another system", self._number, bool(text.strip()) and text != turns[0].content)
         return turns, None
 
     # What is answered
@@ -363,11 +364,14 @@ class _RowReader:
         self, row: Mapping[str, Any], plan: ColumnPlan, column: str, turns: list[Message]
     ) -> tuple[list[Message], str | None, str | None]:
         """The turns up to the one that is to be answered, the answer, and the column that it is from."""
-        answer, name = None, None
+        answer, name, a_number = None, None, False
         for name in plan.answer:
             value = _plain(row.get(name))
-            if name != column and not _is_blank(value) and (answer := self._answer(value)) is not None:
+            if name == column or _is_blank(value):
+                continue
+            if (answer := self._answer(value)) is not None:
                 break
+            a_number = a_number or isinstance(value, int | float)
         if (
             folded(column) == "chosen"
             and is_transcript(row.get(column))
@@ -381,6 +385,8 @@ class _RowReader:
             self._tally.add("answerless", self._number, not text.strip())
             turns = turns[:-1]
             answer = text if answer is None and text.strip() else answer
+        if answer is None and a_number:
+            self._tally.add("number", self._number)
         return turns, answer, name if answer is not None else None
 
     def _answer(self, value: Any) -> str | None:
@@ -408,6 +414,8 @@ class _RowReader:
             return found[0] if found else None
         said = ""
         if isinstance(value, Mapping):
+            if isinstance(value.get("text"), list):  # SQuAD's
+                return self._answer(value["text"])
             said = (
                 str(value["value"]) if isinstance(value.get("value"), str) else "".join(texts_of(value, []))
             )
@@ -491,13 +499,12 @@ class _RowReader:
                 "another with --column"
             )
         present_names = list(self._present)
-        looks_like_data = any(len(name) > 40 or " " in name.strip() for name in present_names)
         hint = (
             (
                 " (that looks like a row of data: for a file without a header give the number of the column, "
                 "--column 1)"
             )
-            if looks_like_data
+            if looks_like_data(present_names)
             else ""
         )
         return InputError(
@@ -597,6 +604,16 @@ _NOTES = {
         "row holds further requests behind the first, which need the answers between; the first is read",
         "rows hold further requests behind the first, which need the answers between; the first is read",
     ),
+    "number": (
+        "",
+        "answer is a number or a truth value; expected text, so it is no answer",
+        "answers are numbers or truth values; expected text, so they are no answers",
+    ),
+    "another system": (
+        "",
+        "conversation brings its own system turn; the row's other system prompt is left out",
+        "conversations bring their own system turn; the row's other system prompt is left out",
+    ),
     "several answers": (
         "",
         "row holds several answers; the first is read",
@@ -647,7 +664,10 @@ def _first(row: Mapping[str, Any], columns: Sequence[str]) -> Any:
 
 
 def _text_or_none(value: Any) -> str | None:
-    return str(value) if isinstance(value, str | int) and str(value).strip() else None
+    """A cell as a name; whole numbers that a table made floats of are whole again."""
+    if isinstance(value, float):
+        value = int(value) if value.is_integer() else value
+    return str(value) if isinstance(value, str | int | float) and str(value).strip() else None
 
 
 def _with_unique_ids(read: list[Prompt], notes: list[str]) -> list[Prompt]:
@@ -656,10 +676,14 @@ def _with_unique_ids(read: list[Prompt], notes: list[str]) -> list[Prompt]:
     if not doubled:
         return read
     notes.append(f"{doubled} ids occur more than once; numbered with #2, #3, …")
+    given = set(seen)
     seen.clear()
     result = []
     for prompt in read:
         seen[prompt.id] += 1
-        again = seen[prompt.id]
-        result.append(prompt if again == 1 else dataclasses.replace(prompt, id=f"{prompt.id}#{again}"))
+        if seen[prompt.id] > 1:
+            while (numbered_id := f"{prompt.id}#{seen[prompt.id]}") in given:
+                seen[prompt.id] += 1
+            prompt = dataclasses.replace(prompt, id=numbered_id)
+        result.append(prompt)
     return result

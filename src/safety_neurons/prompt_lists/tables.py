@@ -178,6 +178,16 @@ def folded(name: object) -> str:
     return re.sub(r"[\s-]+", "_", str(name).strip()).casefold()
 
 
+_ABOUT = frozenset(
+    map(
+        folded,
+        (*ID_COLUMNS, *CATEGORY_COLUMNS, *LANGUAGE_COLUMNS, *GROUP_COLUMNS, *SYSTEM_COLUMNS)
+        + ("ids", "label", "labels"),
+    )
+)
+"""Lists under these names, or those of answers, say something about the texts of the list beside them."""
+
+
 def is_known_column(name: object) -> bool:
     """Whether a column of this name is taken for the prompt without being named by the user."""
     return isinstance(name, str) and folded(name) in _KNOWN
@@ -301,6 +311,7 @@ def parse_rows(text: str, suffix: str, name: str, column: str | None, notes: lis
         notes: Receives one line for each thing that was repaired, once the last row was read.
     """
     if suffix == ".txt":
+        text = text if "\n" in text else text.replace("\r", "\n")  # line ends of old Macs
         return ({"text": line.removesuffix("\n").removesuffix("\r")} for line in _lines(text))
     if suffix in (".csv", ".tsv"):
         return _table(text, "," if suffix == ".csv" else "\t", name, column, notes)
@@ -314,6 +325,16 @@ def _lines(text: str) -> Iterator[str]:
         end = text.find("\n", start) + 1 or len(text)
         yield text[start:end]
         start = end
+
+
+def _rows_of_text(text: str) -> Iterator[str]:
+    """Lines with their ends, whichever of the three these are."""
+    return (found[0] for found in _LINE.finditer(text)) if "\r" in text else _lines(text)
+
+
+def looks_like_data(header: Iterable[str]) -> bool:
+    """Whether names of columns are cells of a first row of data: long, or of several words."""
+    return any(len(cell) > 40 or " " in cell.strip() for cell in header)
 
 
 def too_many(source: str) -> InputError:
@@ -437,7 +458,7 @@ def _listed(values: Iterator[Any], name: str, column: str | None) -> Iterator[Ro
     """Rows of the elements of a JSON list, read as they come."""
     try:
         first = [value for _, value in zip(range(2), values, strict=False)]
-        if first and all(_is_turn(value) for value in first):
+        if first and all(map(_role_of, first)):
             yield from rows_of([*first, *values], name, column)
             return
         yield from _as_rows(first)
@@ -459,16 +480,19 @@ def _bad_line(name: str, number: int, line: str, error: Exception, last: bool) -
     )
 
 
-def _is_turn(value: Any) -> bool:
-    return isinstance(value, Mapping) and "content" in value and str(value.get("role")).casefold() in ROLES
+def _role_of(turn: Any) -> str | None:
+    """Which of the roles a turn by itself has; None for what is no turn."""
+    if isinstance(turn, Message):
+        return turn.role
+    names = (("role", "content"), ("from", "value"))
+    said = next((turn.get(role) for role, text in names if isinstance(turn, Mapping) and text in turn), None)
+    return ROLES.get(str(said).casefold())
 
 
 def is_one_conversation(items: list[Any]) -> bool:
     """Whether a list is the turns of one conversation; turns of the user alone are requests of their own."""
-    if not items or not all(isinstance(item, Message) or _is_turn(item) for item in items):
-        return False
-    roles = {item.role if isinstance(item, Message) else item["role"] for item in items}
-    return len(items) == 1 or roles != {"user"}
+    roles = set(map(_role_of, items))
+    return bool(roles) and None not in roles and (len(items) == 1 or roles != {"user"})
 
 
 def rows_of(whole: Any, name: str, column: str | None, notes: list[str] | None = None) -> Iterator[Row]:
@@ -486,8 +510,8 @@ def rows_of(whole: Any, name: str, column: str | None, notes: list[str] | None =
 def _of_object(whole: Mapping[str, Any], name: str, column: str | None, notes: list[str]) -> Iterable[Row]:
     header, data = whole.get("columns"), whole.get("data")
     if isinstance(header, list) and isinstance(data, list) and all(isinstance(row, list) for row in data):
-        return [dict(zip(map(str, header), row, strict=False)) for row in data]  # pandas, orient="split"
-    if _is_turn(whole):
+        return _split(_distinct(list(map(str, header)), name, column, notes), data)
+    if _role_of(whole):
         return [{"messages": [whole]}]
     named = [key for key in whole if key == column or is_known_column(key)]
     if any(not isinstance(whole[key], list | dict) for key in named):
@@ -518,9 +542,17 @@ def _of_object(whole: Mapping[str, Any], name: str, column: str | None, notes: l
         for key, value in whole.items()
         if key != inner and folded(key) not in METADATA and isinstance(value, list | dict)
     ]
+    about = inner is not None and any(
+        folded(key) in ANSWER_COLUMNS or (folded(key) in _ABOUT and len(whole[key]) == len(whole[inner]))
+        for key in beside
+    )
+    if about and all(isinstance(value, str) for value in whole[inner]):
+        renamed = {"prompt" if key == inner else key: value for key, value in whole.items()}
+        return _by_column(renamed, ["prompt"], name, notes)
     if inner is not None and (
         not beside or folded(inner) in ("prompts", "examples", "rows", "data", "samples")
     ):
+        notes += [f"left out what stands beside the prompts: {_shown(beside)}"] if beside else []
         return _as_rows(whole[inner])
     records = [
         value for value in whole.values() if isinstance(value, list) and value and isinstance(value[0], dict)
@@ -544,20 +576,30 @@ def _as_rows(items: Iterable[Any], start: int = 1) -> Iterator[Row]:
             yield Unread(f"record {number} is a {type(item).__name__}; expected an object or a string")
 
 
+def _split(header: list[str], data: list[list[Any]]) -> Iterator[Row]:
+    """Rows of pandas' orient="split"."""
+    for number, row in enumerate(data, 1):
+        if len(row) == len(header):
+            yield dict(zip(header, row, strict=True))
+        else:
+            yield Unread(f"record {number} has {len(row)} values but there are {len(header)} columns")
+
+
 def _by_column(whole: Mapping[str, Any], named: list[str], name: str, notes: list[str]) -> Iterable[Row]:
     """Rows of `{"goal": [...], "target": [...]}` or of `{"goal": {"0": ..., "1": ...}}`."""
+    index = whole[named[0]]
+    index = list(index) if isinstance(index, dict) else list(map(str, range(len(index))))
     columns = {
-        key: list(value.values()) if isinstance(value, dict) else value for key, value in whole.items()
+        key: [value[row] for row in index] if isinstance(value, dict) and value.keys() == {*index} else value
+        for key, value in whole.items()
     }
-    columns = {key: value for key, value in columns.items() if isinstance(value, list)}
+    columns = {key: value for key, value in columns.items() if isinstance(value, list | dict)}
     lengths = {key: len(value) for key, value in columns.items()}
-    wanted = lengths[named[0]]
-    other = [key for key, length in lengths.items() if length != wanted]
+    other = [key for key, value in columns.items() if isinstance(value, dict) or len(value) != len(index)]
     if any(folded(key) not in METADATA for key in other):
         listed = ", ".join(f"{key} {length}" for key, length in lengths.items())
         raise InputError(
-            f"{name}: columns of different lengths ({listed}); expected one value a row in each; repair "
-            "the file"
+            f"{name}: columns of different rows ({listed}); expected one value a row in each; repair the file"
         )
     left = [key for key in whole if key not in columns or key in other]
     notes += [f"left out what stands beside the columns: {_shown(left)}"] if left else []
@@ -612,7 +654,7 @@ def _shown(keys: list[str]) -> str:
 
 
 def _table(text: str, delimiter: str, name: str, column: str | None, notes: list[str]) -> Iterator[Row]:
-    first = text[: text.find("\n") + 1 or len(text)].rstrip("\r\n")
+    first = next(_rows_of_text(text), "").rstrip("\r\n")
     if named := re.fullmatch(r'"?sep=([^"]);?"?', first):
         delimiter = named[1]
         notes.append(f"cells are separated by {delimiter!r}, as the first line says")
@@ -632,8 +674,8 @@ def _table(text: str, delimiter: str, name: str, column: str | None, notes: list
                     break
     if (
         column is not None
-        and column not in header
         and column.isdecimal()
+        and (column not in header or looks_like_data(header))
         and not any(is_known_column(cell) for cell in header)
     ):
         notes.append("no header row; columns taken by their number, counted from 1")
@@ -645,7 +687,7 @@ def _table(text: str, delimiter: str, name: str, column: str | None, notes: list
 
 def _distinct(header: list[str], name: str, column: str | None, notes: list[str]) -> list[str]:
     counts = Counter(header)
-    doubled = sorted(cell for cell, count in counts.items() if count > 1 and cell)
+    doubled = sorted(cell for cell, count in counts.items() if count > 1)
     bad = [
         cell for cell in doubled if is_known_column(cell) or is_conversation_column(cell) or cell == column
     ]
@@ -656,24 +698,26 @@ def _distinct(header: list[str], name: str, column: str | None, notes: list[str]
         )
     if not doubled:
         return header
-    notes.append(f"the header names {_shown(doubled)} more than once; the later ones are numbered")
+    if any(doubled):
+        named = _shown(list(filter(None, doubled)))
+        notes.append(f"the header names {named} more than once; the later ones are numbered")
     seen: Counter[str] = Counter()
     distinct = []
     for cell in header:
         seen[cell] += 1
-        distinct.append(cell if seen[cell] == 1 or not cell else f"{cell} ({seen[cell]})")
+        distinct.append(cell if seen[cell] == 1 else f"{cell} ({seen[cell]})")
     return distinct
 
 
 def _dicts(header: list[str], cells: "_Cells", notes: list[str]) -> Iterator[Row]:
     short = whole = 0
-    for number, row in enumerate(cells, 2):
+    for row in cells:
         if len(row) < 2 and not any(cell.strip() for cell in row):
             continue
         if len(row) > len(header) and any(cell.strip() for cell in row[len(header) :]):
             if len(header) > 1 or not cells.plain:
                 yield Unread(
-                    f"row {number} has {len(row)} cells but the header {len(header)}; expected as many; "
+                    f"row {cells.row} has {len(row)} cells but the header {len(header)}; expected as many; "
                     "put quotes around cells that contain the separator"
                 )
                 continue
@@ -700,40 +744,58 @@ class _Cells:
 
     Attributes:
         delimiter: What separates cells.
+        row: Number of the last row, counted from 1.
         plain: Whether the last row held no quotation marks around its cells.
     """
 
     def __init__(self, text: str, delimiter: str, name: str) -> None:
         self.delimiter, self._name, self._size = delimiter, name, len(text)
-        self._lines = (found[0] for found in _LINE.finditer(text)) if "\r" in text else _lines(text)
+        self._lines = _rows_of_text(text)
         self._back: list[str] = []
         self._taken: list[str] = []
-        self._row, self._line = 0, 0
-        self._loose = self._escaped = 0
+        self.row, self._line, self._width = 0, 0, 0
+        self._loose = self._escaped = self._swallowed = 0
+        self._spaced = False
+        self._quotes_behind_spaces = f'{delimiter} "' in text
         self.plain = True
 
     def header(self) -> list[str]:
-        """The first row, its cells without outer spaces."""
-        return [cell.strip() for cell in next(iter(self), [])]
+        """The first row that is not blank, its cells without outer spaces."""
+        row = next((row for row in self if any(cell.strip() for cell in row)), [])
+        self._width = len(row)
+        self._spaced = self._quotes_behind_spaces and all(cell.startswith(" ") for cell in row[1:])
+        return [cell.strip() for cell in row]
 
     def notes(self) -> list[str]:
         """A line for each thing that was repaired."""
-        lines = (
-            [f"loose quotation marks from line {self._loose} on; read as they stand"] if self._loose else []
-        )
-        return lines + (
-            [f"quotation marks are escaped by backslashes from line {self._escaped} on; read so"]
-            if self._escaped
-            else []
-        )
+        return [
+            line
+            for line, said in (
+                (f"loose quotation marks from line {self._loose} on; read as they stand", self._loose),
+                (
+                    f"quotation marks are escaped by backslashes from line {self._escaped} on; read so",
+                    self._escaped,
+                ),
+                (
+                    f"a cell from line {self._swallowed} on holds lines that look like rows; look whether a "
+                    "quotation mark is missing",
+                    self._swallowed,
+                ),
+                ("spaces behind the separators, before quotation marks too, are left out", self._spaced),
+            )
+            if said
+        ]
 
     def __iter__(self) -> Iterator[list[str]]:
         while True:
-            self._row += 1
+            self.row += 1
             self._taken = []
             row = self._read(self._pulled)
             if row is None:
                 return
+            if len(self._taken) > 1 and not self._swallowed and self._width > 1:
+                like_rows = all(line.count(self.delimiter) == self._width - 1 for line in self._taken)
+                self._swallowed = self._line - len(self._taken) + 1 if like_rows else 0
             self.plain = len(self._taken) == 1 and '"' not in self._taken[0]
             yield row
 
@@ -749,14 +811,14 @@ class _Cells:
 
     def _read(self, lines: Callable[[], Iterator[str]]) -> list[str] | None:
         try:
-            return self._next(csv.reader(lines(), delimiter=self.delimiter, strict=True))
+            return self._next(self._reader(lines()))
         except csv.Error as error:
             unclosed = "unexpected end" in str(error)
         first, at = self._taken[0], self._line - len(self._taken) + 1
         if '\\"' in first:
             mended = _ESCAPED_QUOTE.sub(r'\1""', first)
             try:
-                row = self._next(csv.reader(iter([mended]), delimiter=self.delimiter, strict=True))
+                row = self._next(self._reader([mended]))
             except csv.Error:
                 pass
             else:
@@ -765,7 +827,7 @@ class _Cells:
                 return row
         if unclosed:
             raise InputError(
-                f"{self._name}: a quotation mark opened in row {self._row} is never closed; "
+                f"{self._name}: a quotation mark opened in row {self.row} is never closed; "
                 "expected closed quotes; write a quotation mark inside a cell twice"
             ) from None
         self._give_back()
@@ -773,6 +835,9 @@ class _Cells:
         return self._next(
             csv.reader(iter([first.rstrip("\r\n")]), delimiter=self.delimiter, quoting=csv.QUOTE_NONE)
         )
+
+    def _reader(self, lines: Iterable[str]) -> Iterator[list[str]]:
+        return csv.reader(lines, delimiter=self.delimiter, strict=True, skipinitialspace=self._spaced)
 
     def _give_back(self) -> None:
         """Puts back every line of the row but its first."""
