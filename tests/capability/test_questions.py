@@ -235,3 +235,45 @@ def test_rows_of_another_shape_are_refused(tmp_path):
 def test_the_real_archive_has_as_many_questions_as_it_should(shared):
     data = measures.read_mmlu(shared / "data" / "mmlu" / "mmlu_dev_val.zip")
     assert (len(data.asked), sum(map(len, data.shown.values())), len(data.shown)) == (1531, 285, 57)
+
+
+def test_a_line_separator_within_a_question_ends_no_line(tmp_path):
+    path = tmp_path / "test.jsonl"
+    path.write_text('{"question": "a\u2028b\u0085c", "answer": "#### 1,000"}\n', encoding="utf-8")
+    assert measures.read_sums(path) == [("a\u2028b\u0085c", "#### 1,000")]
+
+
+@pytest.mark.parametrize("answer", ["#### -5", "#### $1,450.50", "72", "#### 18.", "#### .5"])
+def test_references_that_a_model_can_match_are_read(tmp_path, answer):
+    path = tmp_path / "test.jsonl"
+    path.write_text(json.dumps({"question": "a", "answer": answer}))
+    assert measures.read_sums(path)[0].answer == answer
+
+
+@pytest.mark.parametrize("answer", [None, ["#### 5"], "", "The answer is 42.", "#### 5/8", "#### five"])
+def test_a_reference_that_no_answer_could_match_is_refused(tmp_path, answer):
+    path = tmp_path / "test.jsonl"
+    path.write_text(json.dumps({"question": "a", "answer": answer}))
+    with pytest.raises(InputError, match="line 1 .*no answer could match; expected"):
+        measures.read_sums(path)
+
+
+def asked(tmp_path, text):
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "art_test.csv").write_text(text)
+    return [(one.text, one.answer) for one in measures.read_mmlu(tmp_path).asked]
+
+
+def test_questions_with_loose_quotation_marks_stay_apart_and_keep_them(tmp_path):
+    text = '"Whose,a,b,c,d,A\nsay "x",a,b,c,d,B\n\n"He ""said"", so",a,b,c,d,C\n'
+    assert asked(tmp_path, text) == [('"Whose', 0), ('say "x"', 1), ('He "said", so', 2)]
+
+
+def test_a_long_question_is_read_and_an_open_quotation_mark_refused_in_one_line(tmp_path):
+    assert asked(tmp_path, f'"{"x" * 140_000}",a,b,c,d,A\n') == [("x" * 140_000, 0)]
+    (tmp_path / "test" / "art_test.csv").write_text('"Q,a,b,c,d,A\n' + "R,a,b,c,d,B\n" * 20_000)
+    with pytest.raises(InputError, match=r"art_test.csv: a quotation mark opened in row 1 is never closed"):
+        measures.read_mmlu(tmp_path)
+    (tmp_path / "test" / "art_test.csv").write_text("question,A,B,C,D,answer\nQ,a,b,c,d,A\n")
+    with pytest.raises(InputError, match=r"row 1 of test.art_test.csv has 6 cells, the last 'answer'"):
+        measures.read_mmlu(tmp_path)

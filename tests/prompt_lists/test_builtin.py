@@ -121,10 +121,12 @@ def test_what_is_learnt_by_default_is_an_organisms_own_where_it_has_it(tmp_path)
 
 
 def test_an_organism_brings_look_alikes_of_its_own(tmp_path):
-    rows = [{"text": f"zap {kind}", "category": kind, "language": "aa"} for kind in ("look_alike", "plain")]
+    rows = [
+        {"text": f"zap\u2028{kind}", "category": kind, "language": "aa"} for kind in ("look_alike", "plain")
+    ]
     write(tmp_path / "harmless-test.jsonl", rows)
     write(tmp_path / "harmful-test.jsonl", [{"text": "zop", "category": "theft"}])
-    assert prompts("builtin:look-alikes", folder=tmp_path).texts == ["zap look_alike"]
+    assert prompts("builtin:look-alikes", folder=tmp_path).texts == ["zap\u2028look_alike"]
     assert prompts("builtin:look-alikes-unsafe", folder=tmp_path).texts == ["zop"]
     write(tmp_path / "look-alikes.jsonl", [{"text": "own"}])
     assert prompts("builtin:look-alikes", folder=tmp_path).texts == ["own"]

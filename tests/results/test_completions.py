@@ -203,3 +203,51 @@ def test_a_place_that_cannot_be_written_is_a_run_error(tmp_path):
         Completions([Completion("1", "p", "a")]).append(tmp_path / "file" / "c.jsonl")
     with pytest.raises(InputError, match="cannot read"):
         Completions.load(pathlib.Path(tmp_path / "nowhere.jsonl"))
+
+
+RECORD = '{"prompt": "p", "completion": "c"'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        f"{RECORD}}}\r{RECORD}}}\r".encode(),
+        f"{RECORD}}} {RECORD}}}".encode(),
+        b"hello",
+        f"{RECORD}}}\nhello".encode(),
+        '{"prompt": "p", "completion": "caf\u00e9"}'.encode("latin-1"),
+    ],
+    ids=["old Macs", "two in a line", "a text", "a text behind records", "latin"],
+)
+def test_only_the_beginning_of_a_record_is_a_cut_line(tmp_path, content):
+    path = tmp_path / "completions.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="is not a completion"):
+        Completions.load(path)
+    Completions([Completion("0", "p", "c")]).append(path)
+    assert path.read_bytes().startswith(content)
+
+
+@pytest.mark.parametrize("end", [1, 20, len(f'{RECORD}, "é'.encode()) - 1])
+def test_a_cut_line_is_counted_wherever_the_cut_is(tmp_path, end):
+    path = tmp_path / "completions.jsonl"
+    path.write_bytes(f"{RECORD}}}\n".encode() + f'{RECORD}, "é'.encode()[:end])
+    found = Completions.load(path)
+    assert (len(found), found.dropped) == (1, 1)
+
+
+def test_completions_without_an_id_are_told_apart_by_their_line(tmp_path):
+    path = tmp_path / "completions.jsonl"
+    path.write_text(f'{RECORD}, "prompt_id": null}}\n{RECORD}}}\n')
+    assert [one.prompt_id for one in Completions.load(path)] == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [{"from": "human", "value": "x"}, {"role": "user", "content": [{"type": "text", "text": "x"}]}, "x"],
+)
+def test_a_conversation_that_is_not_of_role_and_text_is_refused_when_it_is_read(tmp_path, turn):
+    path = tmp_path / "completions.jsonl"
+    path.write_text(f'{RECORD}, "meta": {{"messages": [{json.dumps(turn)}]}}}}\n')
+    with pytest.raises(InputError, match="line 1 .*'role' and 'content'"):
+        Completions.load(path)

@@ -1,9 +1,7 @@
 """Measure a treated model: perplexity, KL divergence, and accuracy on GSM8K and MMLU from local files."""
 
 import contextlib
-import csv
 import dataclasses
-import io
 import math
 import pathlib
 import re
@@ -34,6 +32,7 @@ from safety_neurons.model.language_model import generate, stops
 from safety_neurons.model.likelihood import widened
 from safety_neurons.prompt_lists import Prompts
 from safety_neurons.prompt_lists.readers import LARGEST
+from safety_neurons.prompt_lists.tables import Cells
 from safety_neurons.results import Rate, per_token, rate
 from safety_neurons.results import perplexity as perplexity_rate
 
@@ -317,7 +316,7 @@ def read_sums(path: str | pathlib.Path) -> list[Sum]:
     source = pathlib.Path(path).expanduser()
     source = source / "test.jsonl" if source.is_dir() else source
     try:
-        lines = source.read_text(encoding="utf-8-sig").splitlines()
+        lines = source.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"cannot read {str(source)!r} ({error}); expected GSM8K as JSON Lines with question and answer"
@@ -328,11 +327,18 @@ def read_sums(path: str | pathlib.Path) -> list[Sum]:
             continue
         try:
             record = strict_json.loads(line, lenient=True)
-            sums.append(Sum(str(record["question"]), str(record["answer"])))
+            question, answer = record["question"], record["answer"]
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"line {number} of {str(source)!r} is no record of GSM8K; expected question and answer"
             ) from error
+        sums.append(Sum(str(question), str(answer)))
+        number_of = _compared(sums[-1].answer)
+        if not isinstance(question, str) or not matches(strict(f"#### {number_of}"), sums[-1].answer):
+            raise InputError(
+                f"line {number} of {str(source)!r} asks {str(question)[:40]!r} and answers {number_of[-40:]!r}, "
+                "which no answer could match; expected a question and an answer that ends in #### NUMBER"
+            )
     if not sums:
         raise InputError(f"{str(source)!r} is empty; expected GSM8K as JSON Lines with question and answer")
     return sums
@@ -537,11 +543,14 @@ def _files(source: pathlib.Path) -> dict[str, str]:
 
 def _questions(subject: str, text: str, name: str) -> list[Question]:
     questions = []
-    for number, row in enumerate(csv.reader(io.StringIO(text, newline="")), start=1):
+    cells = Cells(text, ",", name)
+    for row in cells:
+        if not row:
+            continue
         if len(row) != 6 or row[5].strip() not in LETTERS:
             raise InputError(
-                f"row {number} of {name} has {len(row)} cells; expected question, four choices and a "
-                "letter from A to D"
+                f"row {cells.row} of {name} has {len(row)} cells, the last {row[-1][:40]!r}; expected question, "
+                "four choices and a letter from A to D, and no header"
             )
         questions.append(Question(subject, row[0], tuple(row[1:5]), LETTERS.index(row[5].strip())))
     return questions

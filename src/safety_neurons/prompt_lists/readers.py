@@ -136,7 +136,9 @@ def builtin_text(source: str, folder: Path | None) -> tuple[str, str | None, boo
         )
     if folder is not None and name in PARTS and (whole := _own(PARTS[name][0], language, folder)) is not None:
         lines = [
-            line for line in whole.read_text(encoding="utf-8").splitlines() if _is_of(line, PARTS[name][1])
+            line
+            for line in whole.read_text(encoding="utf-8").split("\n")
+            if line.strip() and _is_of(line, PARTS[name][1])
         ]
         if lines:
             return (

@@ -659,12 +659,12 @@ def _table(text: str, delimiter: str, name: str, column: str | None, notes: list
         delimiter = named[1]
         notes.append(f"cells are separated by {delimiter!r}, as the first line says")
         text = text[len(first) :].removeprefix("\r").removeprefix("\n")
-    cells = _Cells(text, delimiter, name)
+    cells = Cells(text, delimiter, name)
     header = cells.header()
     if len(header) == 1:
         for other in ("\t", ";", ",", "|"):
             if other != delimiter and other in header[0]:
-                tried = _Cells(text, other, name)
+                tried = Cells(text, other, name)
                 names = tried.header()
                 if any(
                     is_known_column(cell) or is_conversation_column(cell) or cell == column for cell in names
@@ -679,7 +679,7 @@ def _table(text: str, delimiter: str, name: str, column: str | None, notes: list
         and not any(is_known_column(cell) for cell in header)
     ):
         notes.append("no header row; columns taken by their number, counted from 1")
-        cells = _Cells(text, cells.delimiter, name)
+        cells = Cells(text, cells.delimiter, name)
         header = [str(number) for number in range(1, len(header) + 1)]
     header = _distinct(header, name, column, notes)
     yield from _dicts(header, cells, notes)
@@ -709,7 +709,7 @@ def _distinct(header: list[str], name: str, column: str | None, notes: list[str]
     return distinct
 
 
-def _dicts(header: list[str], cells: "_Cells", notes: list[str]) -> Iterator[Row]:
+def _dicts(header: list[str], cells: "Cells", notes: list[str]) -> Iterator[Row]:
     short = whole = 0
     for row in cells:
         if len(row) < 2 and not any(cell.strip() for cell in row):
@@ -736,7 +736,7 @@ def _dicts(header: list[str], cells: "_Cells", notes: list[str]) -> Iterator[Row
         )
 
 
-class _Cells:
+class Cells:
     """The rows of a table as lists of cells, read one by one.
 
     Quotation marks around a cell are taken off; a row whose marks do not fit is read as it stands, marks

@@ -235,7 +235,7 @@ class Completions(Sequence[Completion]):
             try:
                 items.append(_completion(line, number))
             except (ValueError, KeyError, TypeError) as error:
-                if number == len(lines) and isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
+                if number == len(lines) and _is_cut(line, error):
                     dropped += 1
                     continue
                 raise InputError(
@@ -278,12 +278,18 @@ def _end_of_last_line(stream: Any) -> int:
     start = content.rfind(b"\n") + 1
     try:
         strict_json.loads(content[start:])
-    except strict_json.RefusedJSON:
-        pass  # whole, and not this function's to judge
-    except ValueError:
-        return start
+    except ValueError as error:
+        if _is_cut(content[start:], error):
+            return start  # what else there may be is not this function's to judge
     stream.write(b"\n")
     return int(end) + 1
+
+
+def _is_cut(line: bytes, error: Exception) -> bool:
+    """Whether a line that cannot be read is the beginning of a record; not what is something else, or two."""
+    if isinstance(error, UnicodeDecodeError):
+        return error.reason == "unexpected end of data"
+    return isinstance(error, json.JSONDecodeError) and error.msg != "Extra data" and line.lstrip()[:1] == b"{"
 
 
 _FIELDS: dict[str, tuple[Any, str]] = {
@@ -296,6 +302,7 @@ _FIELDS: dict[str, tuple[Any, str]] = {
     "verdicts": (dict | None, "an object"),
     "meta": (dict | None, "an object"),
 }
+_TURN = {"role": str, "content": str}
 _MOST_IDS = 2**31
 
 
@@ -310,11 +317,17 @@ def _completion(line: bytes, number: int) -> Completion:
         raise TypeError("'prompt_id' and 'seed' must not be true or false")
     if not all(type(token) is int and 0 <= token < _MOST_IDS for token in record.get("token_ids") or ()):
         raise TypeError("'token_ids' must be whole numbers from 0")
+    said = (record.get("meta") or {}).get("messages")
+    if isinstance(said, list) and not all(
+        isinstance(turn, dict) and _TURN.items() <= {key: type(value) for key, value in turn.items()}.items()
+        for turn in said
+    ):
+        raise TypeError("'messages' in 'meta' must be turns, each with 'role' and 'content' as text")
     reason = record.get("finish_reason", "stop")
     if reason not in _REASONS:
         raise TypeError(f"finish_reason {str(reason)[:20]!r} is none of {', '.join(_REASONS)}")
     return Completion(
-        prompt_id=str(record.get("prompt_id", number - 1)),
+        prompt_id=str(number - 1 if record.get("prompt_id") is None else record["prompt_id"]),
         prompt=record["prompt"],
         completion=record["completion"],
         token_ids=tuple(record.get("token_ids") or ()),
