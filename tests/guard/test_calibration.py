@@ -298,3 +298,16 @@ def test_a_score_is_the_same_to_the_bit_whatever_is_judged_beside_it(width):
     wide = rows[3].double()
     exact = ((wide - mean.double()) / (scale + 0.5).double() * weights.double()).sum() + 0.1
     torch.testing.assert_close(together[3], exact)
+
+
+@pytest.mark.parametrize("bins", [1, 3, 15])
+def test_the_calibration_error_does_not_hang_on_the_order_of_equal_probabilities(bins: int) -> None:
+    probabilities = np.repeat([0.2, 0.5, 0.9], [40, 40, 20])
+    unsafe = np.concatenate([np.arange(40) < 8, np.arange(40) < 20, np.arange(20) < 18])
+    assert expected_calibration_error(probabilities, unsafe, bins) == pytest.approx(0, abs=1e-12)
+    number = np.random.default_rng(0)
+    order = number.permutation(100)
+    tied, labels = np.round(number.random(100), 1), number.random(100) < 0.4
+    assert expected_calibration_error(tied, labels, bins) == pytest.approx(
+        expected_calibration_error(tied[order], labels[order], bins)
+    )

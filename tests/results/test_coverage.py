@@ -13,7 +13,10 @@ import pytest
 import scipy.stats
 
 from safety_neurons.results import (
+    AreaPart,
     against_random,
+    area_difference,
+    auroc,
     causal_effect,
     cohen_kappa,
     difference_over_seeds,
@@ -111,6 +114,56 @@ def test_a_mean_per_token_covers():
         totals = counts * 2.0 + generator.normal(size=20) * np.sqrt(counts)
         inside += (found := per_token(totals, counts)).low <= 2.0 <= found.high
     assert inside / draws >= least(draws)
+
+
+UNEVEN = {
+    "one of most": lambda generator: np.r_[60, np.full(15, 4)],
+    "lognormal": lambda generator: generator.lognormal(2, 1.2, 16).astype(int) + 1,
+    "three": lambda generator: np.r_[60, 4, 4],
+}
+"""Sizes of clusters, from which intervals that took them for even covered .35 to .87."""
+
+
+@pytest.mark.parametrize("uneven", UNEVEN)
+def test_uneven_texts_and_groups_are_covered_and_not_called_clear(uneven):
+    generator, draws = np.random.default_rng(6), 300
+    tokens = means = rates = false = 0
+    for _ in range(draws):
+        sizes = UNEVEN[uneven](generator)
+        clusters = np.repeat(np.arange(len(sizes)), sizes)
+        groups = list(map(str, clusters))
+        tokens += (
+            abs((found := per_token(generator.normal(2, 1, len(sizes)) * sizes, sizes)).value - 2)
+            <= (found.high - found.low) / 2
+        )
+        shifts = generator.normal(size=len(sizes))[clusters]
+        means += (found := rate(shifts + generator.normal(size=len(clusters)), groups)).low <= 0 <= found.high
+        chance = generator.beta(0.5, 0.5, (2, len(sizes)))[:, clusters]
+        first, second = generator.random(chance.shape) < chance
+        rates += (found := rate(first, groups)).low <= 0.5 <= found.high
+        false += paired_difference(first, second, groups).clear
+    assert min(tokens, means, rates) / draws >= least(draws)
+    assert false / draws <= most(draws)
+
+
+@pytest.mark.parametrize("uneven", UNEVEN)
+def test_areas_of_uneven_groups_are_covered_and_not_called_clear(uneven):
+    generator, draws, truth = np.random.default_rng(7), 200, scipy.stats.norm.cdf(1 / math.sqrt(2))
+    inside = false = 0
+    for _ in range(draws):
+        sizes = np.r_[UNEVEN[uneven](generator), UNEVEN[uneven](generator)]
+        clusters = np.repeat(np.arange(len(sizes)), sizes)
+        unsafe, groups = clusters < len(sizes) // 2, list(map(str, clusters))
+        first, second = (
+            0.9 * generator.normal(size=len(sizes))[clusters]
+            + math.sqrt(0.19) * generator.normal(size=len(clusters))
+            + unsafe
+            for _ in range(2)
+        )
+        inside += (found := auroc(first, unsafe, groups)).low <= truth <= found.high
+        false += area_difference(AreaPart(first, [second], unsafe, groups)).clear
+    assert inside / draws >= least(draws)
+    assert false / draws <= most(draws)
 
 
 def test_kappa_covers():

@@ -17,10 +17,12 @@ from hypothesis import strategies as st
 import safety_neurons
 from safety_neurons.errors import InputError
 from safety_neurons.results import (
+    AreaPart,
     Difference,
     Effect,
     Rate,
     against_random,
+    area_difference,
     captioned,
     causal_effect,
     clear_word,
@@ -38,7 +40,7 @@ from safety_neurons.results import (
     rate,
     rate_over_seeds,
 )
-from safety_neurons.results.estimates import share_of
+from safety_neurons.results.estimates import freedom_of, share_of
 
 # Rates
 
@@ -465,6 +467,42 @@ def test_lists_of_different_length_are_refused():
 
 
 # One place
+
+
+@pytest.mark.parametrize("sizes", [[3, 3, 3, 3], [1, 2, 3], [60, 4, 4, 4], [5, 1, 1, 9, 30, 2]])
+def test_the_variance_over_uneven_groups_is_the_jackknifes(sizes):
+    generator = np.random.default_rng(sum(sizes))
+    clusters = np.repeat(np.arange(len(sizes)), sizes)
+    outcomes = generator.normal(size=len(sizes))[clusters] + generator.normal(size=len(clusters))
+    left_out = np.array([outcomes[clusters != one].mean() for one in range(len(sizes))])
+    variance = ((left_out - outcomes.mean()) ** 2).sum() * (1 - 1 / len(sizes))
+    even = len(set(sizes)) == 1
+    if even:
+        assert variance == pytest.approx(np.var(left_out * (1 - len(sizes)), ddof=1) / len(sizes))
+    shares = np.array(sizes) / sum(sizes)
+    residuals = (shares / (1 - shares))[:, None] * (np.eye(len(sizes)) - shares)
+    square = residuals @ residuals.T
+    freedom = np.trace(square) ** 2 / np.trace(square @ square)
+    assert freedom_of(np.array(sizes, float)) == pytest.approx(freedom)
+    assert freedom <= len(sizes) - 1 + 1e-9
+    assert (freedom == pytest.approx(len(sizes) - 1)) == even
+    found = rate(outcomes, list(map(str, clusters)))
+    half = scipy.stats.t.ppf(0.975, freedom) * math.sqrt(variance)
+    assert (found.low, found.high) == pytest.approx((outcomes.mean() - half, outcomes.mean() + half))
+
+
+def test_examples_that_any_classifier_left_unscored_are_left_out_of_their_difference():
+    unsafe = np.array([True, True, True, False, False, False])
+    first, second = np.array([0.9, 0.2, 0.8, 0.1, 0.3, np.nan]), np.array([0.5, 0.4, np.nan, 0.6, 0.2, 0.1])
+    found = area_difference(AreaPart(first, [second], unsafe, list("aabbcd")))
+    known = [0, 1, 3, 4]
+    alone = AreaPart(first[known], [second[known]], unsafe[known], list("aabc"))
+    assert (found.n, found.unscored) == (4, 2)
+    assert (found.value, found.low, found.p) == (
+        (whole := area_difference(alone)).value,
+        whole.low,
+        whole.p,
+    )
 
 
 def test_nothing_else_decides_what_is_clear_or_makes_intervals_of_its_own():

@@ -336,8 +336,8 @@ def read_sums(path: str | pathlib.Path) -> list[Sum]:
         number_of = _compared(sums[-1].answer)
         if not isinstance(question, str) or not matches(strict(f"#### {number_of}"), sums[-1].answer):
             raise InputError(
-                f"line {number} of {str(source)!r} asks {str(question)[:40]!r} and answers {number_of[-40:]!r}, "
-                "which no answer could match; expected a question and an answer that ends in #### NUMBER"
+                f"line {number} of {str(source)!r} asks {str(question)[:40]!r} and answers "
+                f"{number_of[-40:]!r}, which no answer could match; expected a question and an answer that ends in #### NUMBER"
             )
     if not sums:
         raise InputError(f"{str(source)!r} is empty; expected GSM8K as JSON Lines with question and answer")
@@ -549,8 +549,8 @@ def _questions(subject: str, text: str, name: str) -> list[Question]:
             continue
         if len(row) != 6 or row[5].strip() not in LETTERS:
             raise InputError(
-                f"row {cells.row} of {name} has {len(row)} cells, the last {row[-1][:40]!r}; expected question, "
-                "four choices and a letter from A to D, and no header"
+                f"row {cells.row} of {name} has {len(row)} cells, the last {row[-1][:40]!r}; expected "
+                "question, four choices and a letter from A to D, and no header"
             )
         questions.append(Question(subject, row[0], tuple(row[1:5]), LETTERS.index(row[5].strip())))
     return questions

@@ -234,13 +234,15 @@ def log_loss(log_odds: Scores, unsafe: Labels) -> float:
 
 def expected_calibration_error(probabilities: Scores, unsafe: Labels, bins: int = 15) -> float:
     """Mean distance between predicted probability and share of unsafe examples, over bins of equally many
-    examples.
+    examples; those of one probability count alike, whatever their order.
 
     Source: Nixon et al., CVPR workshops 2019 (adaptive bins).
     """
+    _, level = np.unique(probabilities, return_inverse=True)
+    shares = (np.bincount(level, unsafe) / np.bincount(level))[level]
     order = np.argsort(probabilities, kind="stable")
     parts = np.array_split(order, min(bins, len(order)))
-    gaps = [abs(float(probabilities[part].mean() - unsafe[part].mean())) * len(part) for part in parts]
+    gaps = [abs(float(probabilities[part].mean() - shares[part].mean())) * len(part) for part in parts]
     return float(sum(gaps) / len(order))
 
 

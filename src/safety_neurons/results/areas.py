@@ -17,7 +17,9 @@ from safety_neurons.results.estimates import (
     between,
     clusters_of,
     exact,
+    freedom_of,
     half_width,
+    leverage,
     p_value,
     rate,
     scored,
@@ -94,7 +96,8 @@ def auroc(scores: Scores, unsafe: Labels, groups: GroupLabels = None) -> Rate:
 def area_difference(part: AreaPart, *, random: bool = False) -> Difference:
     """AUROC of the first classifier minus the mean AUROC of the others on the same examples.
 
-    The variance is DeLong's for paired areas, over clusters. Of random sets the spread of their areas is in
+    The variance is DeLong's for paired areas, over clusters; what any classifier left unscored (NaN) is left
+    out. Of random sets the spread of their areas is in
     it as in `against_random`: the difference is one from the next set to be drawn, and with fewer than three
     sets nothing can be clear.
 
@@ -119,9 +122,11 @@ def mean_area_difference(parts: Sequence[AreaPart], *, random: bool = False) -> 
     """
     if not parts or not all(part.others for part in parts):
         raise InputError("no other scores; expected at least one classifier to compare with")
+    whole = sum(len(part.unsafe) for part in parts)
+    parts = [_scored_by_all(part) for part in parts]
     n = sum(len(part.unsafe) for part in parts)
     if any(part.unsafe.all() or not part.unsafe.any() for part in parts):
-        return Difference(None, None, None, n)
+        return Difference(None, None, None, n, whole - n)
     values, variances, areas, freedom = [], [], [], 0.0
     for part in parts:
         pairs = [placements(scores, part.unsafe) for scores in part.others]
@@ -142,8 +147,23 @@ def mean_area_difference(parts: Sequence[AreaPart], *, random: bool = False) -> 
     half = half_width(variance_parts)
     why = too_few_sets(len(drawn)) if random else None
     return Difference(
-        value, max(-1.0, value - half), min(1.0, value + half), n, 0, why, p_value(value, variance_parts)
+        value,
+        max(-1.0, value - half),
+        min(1.0, value + half),
+        n,
+        whole - n,
+        why,
+        p_value(value, variance_parts),
     )
+
+
+def _scored_by_all(part: AreaPart) -> AreaPart:
+    """The examples that no classifier left unscored."""
+    known = ~np.isnan(np.stack([part.first, *part.others])).any(axis=0)
+    if known.all():
+        return part
+    groups = None if part.groups is None else [part.groups[place] for place in np.flatnonzero(known)]
+    return AreaPart(part.first[known], [scores[known] for scores in part.others], part.unsafe[known], groups)
 
 
 def placements(scores: Scores, unsafe: Labels) -> tuple[np.ndarray, np.ndarray]:
@@ -162,23 +182,29 @@ def _shares_below(values: np.ndarray, ranked: np.ndarray) -> np.ndarray:
 
 def _variance(
     above: np.ndarray, below: np.ndarray, unsafe: Labels, clusters: Int[np.ndarray, " example"]
-) -> tuple[float, int]:
+) -> tuple[float, float]:
     """Variance of a mean of placements over clusters, and the clusters of the rarer class.
 
-    0 where that is one.
+    Fewer where they are of uneven size; a class of one cluster has no variance.
     """
     many = int(clusters.max()) + 1
     ours, theirs = clusters[unsafe], clusters[~unsafe]
-    gains = np.bincount(ours, above - above.mean(), minlength=many) / len(ours)
-    losses = np.bincount(theirs, below - below.mean(), minlength=many) / len(theirs)
-    counts = [len(np.unique(some)) for some in (ours, theirs, clusters)]
+    gains, losses = np.zeros(many), np.zeros(many)
+    counts, freedoms = [len(np.unique(clusters))], []
+    for own, placed, parts in ((theirs, below, losses), (ours, above, gains)):
+        sizes = np.bincount(own, minlength=many).astype(np.float64)
+        there = sizes > 0
+        parts += np.bincount(own, placed - placed.mean(), minlength=many) / len(own)
+        parts[there] *= leverage(sizes[there], float(len(own)))
+        counts.insert(0, int(there.sum()))
+        freedoms.append(freedom_of(sizes[there]))
     steps = [count / max(count - 1, 1) for count in counts]
     variance = (
         float(gains @ gains) * steps[0]
         + float(losses @ losses) * steps[1]
         + 2 * float(gains @ losses) * steps[2]
     )
-    return max(variance, 0.0), min(counts[0], counts[1])
+    return max(variance, 0.0), min(freedoms) + 1.0
 
 
 def cohen_kappa(

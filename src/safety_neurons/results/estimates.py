@@ -151,11 +151,9 @@ def per_token(totals: Outcomes, token_counts: Sequence[int] | np.ndarray, groups
     if not len(losses):
         return Rate(None, None, None, 0, unscored)
     mean = float(losses.sum() / counts.sum())
-    residuals = np.bincount(clusters, losses - mean * counts)
-    used = len(np.unique(clusters))
-    half = half_width(
-        [(float(residuals @ residuals) * used / max(used - 1, 1) / float(counts.sum()) ** 2, used - 1.0)]
-    )
+    sizes = np.bincount(clusters, counts)
+    sample = _Sample(np.bincount(clusters, losses)[sizes > 0], sizes[sizes > 0])
+    half = half_width([sample.variance(False)])
     if not math.isfinite(half) or half <= 1e-12 * abs(mean):
         return Rate(mean, None, None, len(losses), unscored, "no spread to tell an interval from")
     return Rate(mean, mean - half, mean + half, len(losses), unscored)
@@ -492,15 +490,15 @@ def _fieller(
     sums = pairs.sum(axis=1)
     means = sums / (len(gains) + padding)
     totals = np.stack([_totals(row, clusters) for row in pairs]) - means[:, None] * sizes
-    moments = totals @ totals.T
+    totals *= leverage(sizes.astype(np.float64), len(gains) + padding)
+    moments, freedom = totals @ totals.T, freedom_of(sizes.astype(np.float64))
     if scale:
         # Gain and gap share the base model: their pseudo-observations correlate by one half, as differences
         # from one coin do.
         moments += 2 * _PSEUDO * size**2 * (np.array([[1.0, 0.5], [0.5, 1.0]]) + np.outer(means, means))
-        freedom = used + 1.0
+        freedom += 2.0
     else:
         moments *= used / max(used - 1, 1)
-        freedom = used - 1.0
     moments *= _quantile(freedom) ** 2
     square = sums[1] ** 2 - moments[1, 1]
     if not square > 0:
@@ -590,16 +588,16 @@ class _Sample:
 
         Differences range from −1 to 1, rates (`one_sided`) from 0 to 1.
         """
-        used = len(self.sizes)
+        used, freedom = len(self.sizes), freedom_of(self.sizes)
         if not padded:
-            residuals = self.totals - self.mean * self.sizes
-            return float(residuals @ residuals) * used / max(used - 1, 1) / self.n**2, used - 1.0
+            residuals = (self.totals - self.mean * self.sizes) * leverage(self.sizes, self.n)
+            return float(residuals @ residuals) * used / max(used - 1, 1) / self.n**2, freedom
         count, low = (1.0, 0.0) if one_sided else (_PSEUDO, -1.0)
         whole = self.n + 2 * count * self.size
         middle = (self.total + count * self.size * (1 + low)) / whole
-        residuals = self.totals - middle * self.sizes
+        residuals = (self.totals - middle * self.sizes) * leverage(self.sizes, whole)
         ends = count * self.size**2 * ((1 - middle) ** 2 + (low - middle) ** 2)
-        return (float(residuals @ residuals) + ends) / whole**2, used + 1.0
+        return (float(residuals @ residuals) + ends) / whole**2, freedom + 2.0
 
     def flip_p(self) -> float:
         """Two-sided p-value of the total where every cluster's sign might as well be the other: McNemar's
@@ -630,6 +628,35 @@ def _sample(rows: Float[np.ndarray, "seed prompt"], clusters: Int[np.ndarray, " 
     sizes = np.bincount(clusters[known])
     totals = np.bincount(clusters[known], means[known])
     return _Sample(totals[sizes > 0], sizes[sizes > 0].astype(np.float64))
+
+
+def leverage(sizes: Float[np.ndarray, " cluster"], whole: float) -> Float[np.ndarray, " cluster"]:
+    """What the residuals of clusters are multiplied by, since a large cluster draws the mean to itself: the
+    jackknife's 1 ÷ (1 − share), in units of a mean cluster, so that among clusters of one size it is 1.
+
+    Source: Bell and McCaffrey, Survey Methodology 2002 (bias of the variance over few and uneven clusters).
+    """
+    others = whole - sizes
+    return np.where(others > 0, (whole - sizes.mean()) / np.where(others > 0, others, 1.0), 1.0)
+
+
+def freedom_of(sizes: Float[np.ndarray, " cluster"]) -> float:
+    """Degrees of freedom of a variance over clusters: their number less one, and fewer where they are of
+    uneven size.
+
+    Source: Satterthwaite's approximation for the jackknife, as Bell and McCaffrey.
+    """
+    used = len(sizes)
+    if used < 2 or np.ptp(sizes) == 0:
+        return used - 1.0
+    shares = sizes / sizes.sum()
+    square = float(shares @ shares)
+    weights = (shares / (1 - shares)) ** 2  # of the squared residuals, which covary by square − share − share
+    zero, first, second = (float(weights @ shares**power) for power in range(3))
+    mean = zero - 2 * first + square * zero
+    spread = 2 * second * zero + 2 * first**2 - 4 * square * first * zero + square**2 * zero**2
+    spread += float((weights**2) @ (1 - 4 * shares + 2 * square))
+    return min(max(mean**2 / spread, 1.0), used - 1.0)
 
 
 def _totals(values: np.ndarray, clusters: Int[np.ndarray, " prompt"]) -> np.ndarray:
