@@ -337,7 +337,8 @@ def read_sums(path: str | pathlib.Path) -> list[Sum]:
         if not isinstance(question, str) or not matches(strict(f"#### {number_of}"), sums[-1].answer):
             raise InputError(
                 f"line {number} of {str(source)!r} asks {str(question)[:40]!r} and answers "
-                f"{number_of[-40:]!r}, which no answer could match; expected a question and an answer that ends in #### NUMBER"
+                f"{number_of[-40:]!r}, which no answer could match; expected a question and an "
+                "answer that ends in #### NUMBER"
             )
     if not sums:
         raise InputError(f"{str(source)!r} is empty; expected GSM8K as JSON Lines with question and answer")
