@@ -165,7 +165,18 @@ def test_probe_weights_of_another_form_are_refused():
 
 
 @pytest.mark.parametrize(
-    "line", ["{0: {0000000001}}", "{0: {1 2}}", "{0: {1} 1: {2}}", "{0: {٣}}", "{0: {1,,2}}"]
+    "line",
+    [
+        "{0: {0000000001}}",
+        "{0: {1,000}}",
+        "{0: {1,024}}",
+        "{0: {np.int64(01)}}",
+        "{00: {1}}",
+        "{0: {1 2}}",
+        "{0: {1} 1: {2}}",
+        "{0: {٣}}",
+        "{0: {1,,2}}",
+    ],
 )
 def test_numbers_that_another_reader_would_not_read_so_are_refused(tmp_path, line):
     with pytest.raises(NeuronError):
@@ -221,3 +232,9 @@ def test_transformer_lens_hooks_hold_the_neurons_where_they_are_in_its_activatio
     ]
     with pytest.raises(NeuronError, match="no site table"):
         foreign.transformer_lens_names(NeuronSet({"layers.0.q": [1]}))
+
+
+def test_a_byte_order_mark_is_no_part_of_a_printed_dictionary(tmp_path):
+    path = five(tmp_path, up="{0: {1}}", down="{}")
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert foreign.read_sn_tune(path, TABLE).counts() == {"layers.0.up": 1}

@@ -340,6 +340,7 @@ def hand_made(path, arrays, **metadata):
     [
         ({"layers.0.q": np.array([-2])}, {}, "negative"),
         ({"layers.0.q": np.array([1.0])}, {}, "integer"),
+        ({"layers.0.q": np.array([0, 1, 1, 0, 1, 0, 0, 0])}, {}, "as a mask does"),
         ({"layers.0.q": np.array([[1]])}, {}, "one axis"),
         ({"model.layers.0.mlp": np.array([1])}, {}, "unknown key"),
         ({"layers.0.q": np.array([1])}, {"schema": "other/9"}, "schema"),

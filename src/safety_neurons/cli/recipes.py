@@ -410,12 +410,20 @@ def command_words(
                 f"{recipe}: {option} is {str(value)[:40]!r}; expected text, a number, true or false, "
                 "or a list of texts"
             )
+        several = getattr(one, "multiple", False) or one.nargs != 1
+        if isinstance(value, list) and len(value) != 1 and not several:
+            raise UsageError(
+                f"{recipe}: {option} is a list of {len(value)}, {str(value)[:40]!r}; {name} takes one value: "
+                "write one, or one text with commas where it takes those"
+            )
         if one.param_type_name == "argument":
             behind += [str(part) for part in values]
         elif getattr(one, "is_flag", False):
             if value is not True:
                 raise UsageError(f"{recipe}: {option} is {str(value)[:40]!r}; expected true or false")
             line.append(one.opts[0])
+        elif any(part is True for part in values):
+            raise UsageError(f"{recipe}: {option} is {str(value)[:40]!r}; expected text or a number")
         else:
             line += [f"{one.opts[0]}={part}" for part in values]
     return [*line, *(["--", *behind] if behind else [])]

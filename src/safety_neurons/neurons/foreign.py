@@ -20,7 +20,7 @@ LARGEST_TEXT = 2**26
 """Characters of a text file that are read."""
 KV = ("rows", "heads", "published")
 _TOKEN = re.compile(
-    r"\s*(?:(?:np\.|numpy\.)?u?int(?:8|16|32|64)\(\s*([0-9]{1,9})\s*\)|([0-9]{1,9})(?![0-9])|(set\(\s*\))|([{}\[\]:,]))"
+    r"\s*(?:(?:np\.|numpy\.)?u?int(?:8|16|32|64)\(\s*(0|[1-9][0-9]{0,8})\s*\)|(0|[1-9][0-9]{0,8})(?![0-9])|(set\(\s*\))|([{}\[\]:,]))"
 )
 _PROJECTION = re.compile(
     r"(?:^|\.)layers\.(\d{1,6})\.(?:self_attn|mlp)\.(q|k|v|o|gate|up|down|gate_up)_proj(?:\.weight)?$"
@@ -357,7 +357,7 @@ def transformer_lens_names(neurons: NeuronSet, table: SiteTable | None = None) -
 
 def _text(path: str | pathlib.Path) -> str:
     try:
-        with pathlib.Path(path).open(encoding="utf-8") as stream:
+        with pathlib.Path(path).open(encoding="utf-8-sig") as stream:
             text = stream.read(LARGEST_TEXT + 1)
     except (OSError, UnicodeDecodeError) as error:
         raise NeuronError(f"cannot read {str(path)!r} ({str(error)[:80]}); expected a text file") from error

@@ -285,6 +285,12 @@ class ByMatrix(abc.ABC):
         """
         arrays, metadata = read_arrays(path, f"{cls.KIND}.safetensors")
         provenance = Provenance.from_metadata(metadata, cls.KIND, path)
+        masks = [key for key, vector in arrays.items() if cls is NeuronSet and _is_mask(vector)]
+        if masks:
+            raise NeuronError(
+                f"{masks[0]!r} in {str(path)!r} holds {len(arrays[masks[0]])} numbers that are all 0 or 1, as a "
+                "mask does; expected indices: store the places of the ones"
+            )
         loaded = cls(arrays, stored_table(metadata, provenance), provenance)
         if table is None:
             return loaded
@@ -591,6 +597,12 @@ def _check_range(members: Mapping[str, np.ndarray], table: SiteTable) -> None:
                 f"index {indices[-1]} at {key!r} is out of range, expected 0 to {table[key].size - 1}; "
                 "use neurons of this model"
             )
+
+
+def _is_mask(vector: np.ndarray) -> bool:
+    """Whether a stored vector says of each neuron whether it is a member."""
+    whole = vector.ndim == 1 and len(vector) > 2 and vector.dtype.kind in "iu"
+    return whole and bool(np.isin(vector, (0, 1)).all())
 
 
 def _indices(key: str, values: Any) -> np.ndarray:
