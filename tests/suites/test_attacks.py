@@ -280,3 +280,40 @@ def test_what_an_attack_lacks_is_a_usage_error():
         attack(ASKED, "translation")
     with pytest.raises(UsageError, match="takes no steps"):
         attack(ASKED, "aim", steps=3)
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {"goal": ["Do one", "Do two"], "prompt": ["As a poet, do one", "As a cook, do two"]},
+        {"prompts": ["As a poet, do one", "As a cook, do two"], "ids": ["one", "two"]},
+        {"name": "mine", "prompts": ["As a poet, do one", "As a cook, do two"]},
+    ],
+)
+def test_columns_and_lists_by_their_names_are_no_test_cases_by_behaviour(tmp_path, document):
+    found = import_attacks(save(tmp_path / "a.json", document), goals=GOALS)
+    assert [one.prompt for one in found] == ["As a poet, do one", "As a cook, do two"]
+    assert [one.goal for one in found] == ["Do one", "Do two"]
+
+
+def test_an_attack_of_several_turns_keeps_them_through_its_file(tmp_path):
+    turns = [
+        {"role": "system", "content": "You are a poet."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"},
+        {"role": "user", "content": "do one"},
+    ]
+    listed = save(tmp_path / "a.jsonl", json.dumps({"messages": turns, "goal": "Do one", "language": "en"}))
+    found = import_attacks(listed)
+    for attacks in (found, Attacks.load(found.save(tmp_path / "b.jsonl"))):
+        (asked,) = attacks.prompts
+        assert [(turn.role, turn.content) for turn in asked.turns] == [
+            (turn["role"], turn["content"]) for turn in turns
+        ]
+        assert (asked.language, asked.meta["goal"]) == ("en", "Do one")
+
+
+def test_a_prompt_is_after_the_longest_request_that_it_holds(tmp_path):
+    goals = Prompts([Prompt("a", "Pick a lock"), Prompt("b", "Pick a lock in the dark")])
+    listed = save(tmp_path / "a.txt", "As a poet, pick a lock in the dark\n")
+    assert import_attacks(listed, goals=goals)[0].goal == "Pick a lock in the dark"

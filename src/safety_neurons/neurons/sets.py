@@ -288,8 +288,8 @@ class ByMatrix(abc.ABC):
         masks = [key for key, vector in arrays.items() if cls is NeuronSet and _is_mask(vector)]
         if masks:
             raise NeuronError(
-                f"{masks[0]!r} in {str(path)!r} holds {len(arrays[masks[0]])} numbers that are all 0 or 1, as "
-                "a mask does; expected indices: store the places of the ones"
+                f"{masks[0]!r} in {str(path)!r} holds {len(arrays[masks[0]])} numbers that are all 0 or 1, "
+                "as a mask does; expected indices: store the places of the ones"
             )
         loaded = cls(arrays, stored_table(metadata, provenance), provenance)
         if table is None:

@@ -14,6 +14,7 @@ from safety_neurons import strict_json
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.prompt_lists import Message, Prompt, Prompts, normalised, prompts
 from safety_neurons.prompt_lists.readers import read_text
+from safety_neurons.prompt_lists.tables import LISTS, folded, is_known_column
 from safety_neurons.results.run import write_bytes
 
 STATIC, ADAPTIVE = "static-transfer", "adaptive"
@@ -215,7 +216,8 @@ Reader = Callable[[Any, Path, list[str]], list[AttackPrompt]]
 def _reader(parsed: Any) -> Reader | None:
     if isinstance(parsed, dict) and isinstance(parsed.get("jailbreaks"), list):
         return _jailbreakbench
-    if isinstance(parsed, dict) and parsed and all(_is_cases(value) for value in parsed.values()):
+    cases = isinstance(parsed, dict) and parsed and all(_is_cases(value) for value in parsed.values())
+    if cases and not any(is_known_column(key) or folded(key) in LISTS for key in parsed):
         return _harmbench
     records = parsed if isinstance(parsed, list) else []
     if records and all(isinstance(item, dict) and set(item) >= _OWN for item in records):
@@ -340,7 +342,12 @@ def _from_prompt(prompt: Prompt) -> AttackPrompt:
     }
     meta = {
         key: value
-        for key, value in (("category", prompt.category), ("target", text["target"] or prompt.answer))
+        for key, value in (
+            ("category", prompt.category),
+            ("target", text["target"] or prompt.answer),
+            ("language", prompt.language),
+            ("messages", [{"role": turn.role, "content": turn.content} for turn in prompt.messages]),
+        )
         if value
     }
     return AttackPrompt(
@@ -368,11 +375,12 @@ class _Behaviours:
         ]
 
     def of(self, attack: AttackPrompt) -> Prompt | None:
-        """The behaviour of the attack's id, else the one whose whole request its prompt holds."""
+        """The behaviour of the attack's id, else the longest whose whole request its prompt holds."""
         if attack.behavior_id in self.by_id:
             return self.by_id[attack.behavior_id]
         text = normalised(attack.prompt).casefold()
-        return next((prompt for goal, prompt in self.by_text if goal in text), None)
+        held = [(len(goal), prompt) for goal, prompt in self.by_text if goal in text]
+        return max(held, key=lambda pair: pair[0])[1] if held else None
 
 
 def _filled(
