@@ -103,3 +103,14 @@ def test_the_rate_counts_what_is_unscored_apart():
     )
     assert (judged.rate.value, judged.rate.n, judged.rate.unscored) == (0.5, 2, 1)
     assert judged.completions[0].verdicts == {"compliance-1": {"complied": True}}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"phrases": "nope"}, {"phrases": {"en": "nope"}}, {"exact": "false"}, {"phrases": []}, {"phrases": [3]}],
+)
+def test_a_list_that_would_be_read_letter_by_letter_or_the_other_way_is_refused(tmp_path, more):
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps({"match": "prefix", "phrases": ["nope"]} | more))
+    with pytest.raises(InputError, match="no phrase list"):
+        refused(f"strings:{file}", "Nice weather.")

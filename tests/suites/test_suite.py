@@ -500,3 +500,12 @@ def test_a_file_of_ones_own_takes_a_name_of_ones_own(tmp_path):
         suite(f"advbnch={file}")
     with pytest.raises(InputError, match="gone.txt: no such file"):
         suite(f"direct={tmp_path / 'gone.txt'}")
+
+
+def test_labels_in_a_file_of_ones_own_that_play_no_part_are_said(tmp_path):
+    path = tmp_path / "own.jsonl"
+    path.write_text('{"prompt": "a", "Label": "safe"}\n{"prompt": "b", "Label": "unsafe"}\n')
+    found = suite(path)
+    assert {one.meta["kind"] for one in found.prompts} == {"harmful"}
+    assert any("all are taken as harmful, whatever their Label says" in note for note in found.notes)
+    assert suite(path, kind="harmless").notes == []

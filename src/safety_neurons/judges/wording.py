@@ -741,6 +741,10 @@ def _from_file(path: str) -> PhraseList:
 def _list(record: Mapping[str, Any]) -> PhraseList:
     phrases, match = record["phrases"], record["match"]
     by_language = phrases if isinstance(phrases, Mapping) else {"any": phrases}
+    if not all(isinstance(group, list) for group in by_language.values()):
+        raise TypeError("phrases are no list of texts")
+    if not isinstance(record.get("exact", False), bool):
+        raise TypeError(f"exact is {record['exact']!r}, neither true nor false")
     texts = [text for group in by_language.values() for text in group]
     if match not in ("prefix", "substring"):
         raise ValueError(f"match is {match!r}")

@@ -26,7 +26,13 @@ from safety_neurons.prompt_lists import Prompt, Prompts, prompts
 from safety_neurons.prompt_lists.readers import file_format, list_kind, read_text
 from safety_neurons.prompt_lists.records import label_word
 from safety_neurons.prompt_lists.rows import COMPLIES, prompts_of
-from safety_neurons.prompt_lists.tables import CONVERSATION_COLUMNS, PROMPT_COLUMNS, parse_rows, readable
+from safety_neurons.prompt_lists.tables import (
+    CONVERSATION_COLUMNS,
+    PROMPT_COLUMNS,
+    folded,
+    parse_rows,
+    readable,
+)
 from safety_neurons.suites.catalogue import (
     KINDS,
     Location,
@@ -406,6 +412,8 @@ def _is_of(prompt: Prompt, wanted: Wanted) -> bool:
 
 
 HUB, BUILTIN = "hub:", "builtin:"
+_LABELS = ("label", "labels", "kind", "is_safe", "safe", "unsafe", "harmful", "toxicity", "prompt_label")
+"""Columns that tell safe requests from unsafe ones in mixed files."""
 
 
 @dataclass(frozen=True)
@@ -694,6 +702,12 @@ def _own(source: str | Path, sources: Mapping[str, Source], kind: str | None, co
     parquet = file.path.suffix.lower() == ".parquet"
     read_prompts = prompts(table_rows(file, []) if parquet else file.path, column=column)
     name = _own_name(text) or (file.origin if text.startswith(HUB) else file.path.name)
+    labels = {key for prompt in read_prompts for key in prompt.meta if folded(key) in _LABELS}
+    if labels and kind is None:
+        read_prompts.notes.append(
+            f"all are taken as harmful, whatever their {' and '.join(sorted(labels))} says; split the file "
+            "for others, or give their kind"
+        )
     return _stamped(read_prompts, name, kind or "harmful", file)
 
 
