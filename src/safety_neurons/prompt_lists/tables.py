@@ -542,11 +542,12 @@ def _of_object(whole: Mapping[str, Any], name: str, column: str | None, notes: l
         for key, value in whole.items()
         if key != inner and folded(key) not in METADATA and isinstance(value, list | dict)
     ]
-    about = inner is not None and any(
-        folded(key) in ANSWER_COLUMNS or (folded(key) in _ABOUT and len(whole[key]) == len(whole[inner]))
+    about = any(
+        folded(key) in ANSWER_COLUMNS
+        or (folded(key) in _ABOUT and len(whole[key]) == len(whole[inner or key]))
         for key in beside
     )
-    if about and all(isinstance(value, str) for value in whole[inner]):
+    if inner is not None and about and all(isinstance(value, str) for value in whole[inner]):
         renamed = {"prompt" if key == inner else key: value for key, value in whole.items()}
         return _by_column(renamed, ["prompt"], name, notes)
     if inner is not None and (

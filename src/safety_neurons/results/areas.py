@@ -162,7 +162,7 @@ def _scored_by_all(part: AreaPart) -> AreaPart:
     known = ~np.isnan(np.stack([part.first, *part.others])).any(axis=0)
     if known.all():
         return part
-    groups = None if part.groups is None else [part.groups[place] for place in np.flatnonzero(known)]
+    groups = None if part.groups is None else [part.groups[place] for place in np.flatnonzero(known).tolist()]
     return AreaPart(part.first[known], [scores[known] for scores in part.others], part.unsafe[known], groups)
 
 
