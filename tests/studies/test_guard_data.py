@@ -40,6 +40,42 @@ def test_a_column_that_asks_whether_a_prompt_is_safe_is_not_read_upside_down(val
         assert (other.unsafe.texts, other.notes) == (["bad"], ())
 
 
+@pytest.mark.parametrize(
+    ("column", "unsafe"),
+    [
+        *(
+            (name, True)
+            for name in ("label", "toxicity", "flagged", "unsafe", "IS_UNSAFE", "isHarmful", "not_safe")
+        ),
+        *(
+            (name, True)
+            for name in ("isNotSafe", "non-benign", "jailbreak", "not_harmless", "notsafe", "output_toxic")
+        ),
+        *(
+            (name, False)
+            for name in ("safe", "isSafe", "is_response_0_safe", "non_toxic", "nonToxic", "harmless")
+        ),
+        *(
+            (name, False)
+            for name in ("is_not_harmful", "notHarmful", "no_jailbreak", "unharmful", "not unsafe")
+        ),
+    ],
+)
+def test_truth_values_are_read_as_the_name_of_their_column_asks(column, unsafe):
+    records = [Prompt(text, text, meta={column: value}) for text, value in (("yes", 1), ("no", "false"))]
+    data = labelled_by_column(Prompts(records), column)
+    assert [*data.unsafe.texts, *data.safe.texts] == (["yes", "no"] if unsafe else ["no", "yes"])
+    assert bool(data.notes) != unsafe
+
+
+@pytest.mark.parametrize("column", ["safety", "safety_label", "safe_or_unsafe", "harmful vs harmless"])
+def test_truth_values_in_a_column_whose_name_does_not_tell_are_refused(column):
+    with pytest.raises(InputError, match="does not tell whether that is safe"):
+        labelled_by_column(Prompts([Prompt("a", "a", meta={column: 1})]), column)
+    words = labelled_by_column(Prompts([Prompt("a", "a", meta={column: "unsafe"})]), column)
+    assert words.unsafe.texts == ["a"]
+
+
 def test_labels_of_a_column_are_read_in_every_usual_spelling() -> None:
     unsafe = ["unsafe", "Harmful", 1, True, "1", 1.0, "1.0", "TRUE"]
     safe = ["safe", "benign", 0, False, " HARMLESS ", "-1.0", "0.0"]

@@ -28,6 +28,7 @@ from safety_neurons.suites.rewording import MECHANICAL
 UNSAFE_WORDS = frozenset({"1", "yes", "unsafe", "harmful", "toxic", "jailbreak", "attack", "malicious"})
 SAFE_WORDS = frozenset({"0", "-1", "no", "safe", "harmless", "benign", "unharmful", "ok"})
 _TRUTH = {"1": True, "yes": True, "0": False, "no": False}
+_NEGATIONS = frozenset({"not", "non", "no", "un", "isnt"})
 HARMLESS_ARM = "/harmless"
 
 
@@ -71,10 +72,12 @@ def labelled_by_column(prompts: Prompts, column: str = "label") -> GuardData:
     Args:
         prompts: records with the field.
         column: its name; values such as unsafe, harmful, 1, true and safe, harmless, 0, false, in any case.
-            Of a column that asks by its name whether a prompt is safe (`is_safe`), 1 and true are safe.
+            Of a column that asks by its name whether a prompt is safe (`is_safe`, `nonToxic`), 1 and true are
+            safe.
 
     Raises:
-        InputError: no record has the field, or a value that is neither; the message names the first.
+        InputError: no record has the field, or a value that is neither, or 1 and 0 in a field whose name asks
+            for both; the message names the first.
     """
     kinds: dict[bool, list[Prompt]] = {True: [], False: []}
     missing = 0
@@ -279,16 +282,34 @@ def _field(prompt: Prompt, column: str) -> Any:
     return prompt.meta.get(column, own.get(column))
 
 
-def _asks_for_safe(column: str) -> bool:
-    """Whether a column of truth values says of which prompts they are safe, by its name: `is_safe`."""
-    words = set(re.split(r"[^a-z]+", column.casefold()))
-    return bool(words & {"safe", "harmless", "benign", "unharmful"}) and not words & {"not", "un"}
+def _asks_for_safe(column: str) -> bool | None:
+    """Whether a column of truth values says of which prompts they are safe, by its name: `is_safe`,
+    `notHarmful`; None for a name that asks for both, or for safety by degrees.
+    """
+    safe = unsafe = negated = False
+    for part in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", column):
+        word = part.casefold()
+        bare = re.sub("^(?:non|not|un)", "", word)
+        negated ^= word in _NEGATIONS
+        if word in _TRUTH:
+            continue
+        safe |= word in SAFE_WORDS or (bare != word and bare in UNSAFE_WORDS)
+        unsafe |= word in UNSAFE_WORDS or (bare != word and bare in SAFE_WORDS)
+        if word == "safety":
+            return None
+    return None if safe and unsafe else (safe or unsafe) and safe != negated
 
 
 def _is_unsafe(value: Any, prompt: Prompt, column: str) -> bool:
     word = label_word(value)
-    if _asks_for_safe(column) and word in _TRUTH:
-        return not _TRUTH[word]
+    if word in _TRUTH:
+        safe = _asks_for_safe(column)
+        if safe is None:
+            raise InputError(
+                f"prompt {prompt.id!r} has {column} {str(value)[:40]!r}, and the name does not tell whether "
+                "that is safe; expected unsafe or safe, or a name such as is_unsafe or is_safe"
+            )
+        return _TRUTH[word] != safe
     if word in UNSAFE_WORDS:
         return True
     if word in SAFE_WORDS:
