@@ -15,6 +15,9 @@ from page_text import Outline
 from safety_neurons import analysis
 from safety_neurons.cli import console
 from safety_neurons.display import DISPLAYS, ReportedRun, part_of
+from safety_neurons.display.analyses import overlap_findings
+from safety_neurons.display.defended import defences_findings
+from safety_neurons.display.found import neurons_table, ranking_table
 from safety_neurons.display.parts import plain
 from safety_neurons.display.registry import html_of
 from safety_neurons.neurons import NeuronSet
@@ -314,7 +317,39 @@ def test_what_a_page_folds_is_printed_where_it_is_short_and_named_where_it_is_lo
     console.show(runs["find"])
     out = capsys.readouterr().out
     assert re.search(r"all +205 +205", out)
-    assert "in a report also: The 25 neurons with the largest scores" in out
+    assert "in a report also: The 25 of 205 neurons with the largest scores" in out
+
+
+SUPERLATIVE = re.compile(r"largest causal effect|the largest of|the closest are|does best|with the largest")
+
+
+def test_nothing_is_called_the_largest_of_all_there_is(runs, shown):
+    """With one method, pair or defence, and a list that is whole, there is nothing to be larger than."""
+    compared = runs["compare"].result
+    one = next(row for row in compared["methods"] if row["causal_effect"]["value"] is not None)
+    sets = [
+        (name, NeuronSet({"layers.3.down": members}, report_runs.table()))
+        for name, members in (("one", range(9)), ("two", range(5, 14)))
+    ]
+    agreed = analysis.overlap(analysis.name_sets(sets)).record()
+    worst = {"harmed": {"value": 0.5}}
+    defended = {
+        "grid": {"mixtures": ["benign"]},
+        "arms": [{"arm": "lox", "worst": {"benign": worst}}],
+        "differences": {},
+    }
+    found = with_result(runs["find"], ranking=[[0, 3, 0.5], [1, 2, 0.25]])
+    alone = [
+        *shown(with_result(runs["compare"], methods=[one])),
+        *[plain(said.text) for said in overlap_findings(ReportedRun.of("analyze-overlap", agreed))],
+        *[plain(said.text) for said in defences_findings(ReportedRun.of("study-defences", defended))],
+        *[table.caption for table in ranking_table(found)],
+        neurons_table(runs["find"], n=500).caption,
+    ]
+    for text in alone:
+        assert not SUPERLATIVE.search(text), text
+    assert plain(ranking_table(found, n=1)[0].caption).startswith("The 1 of 2 heads with the largest scores")
+    assert SUPERLATIVE.search(shown(runs["compare"])[0])
 
 
 def test_analyses_in_memory_show_what_the_report_shows():

@@ -62,13 +62,19 @@ def _places(found: Mapping[str, Any], group: str, word: str) -> Figure:
             replace(row, chance=[{"low": low, "high": high}], beside=f"random {share(low)} to {share(high)}")
         )
     caption = say(
-        "<b>{}</b>: share of the set by {}; {}.",
+        "<b>{}</b>: share of the set by {}; {}.{}",
         visible(found["name"], 40),
         word,
         plural(found["n_neurons"], "neuron"),
+        _drawn("first", len(found[group])),
     )
     title = f"share of the set, {word}"
     return dots_of(rows, title, caption, f"{found['name']}, {title}", domain=_from_zero(rows, most=1.02))
+
+
+def _drawn(which: str, whole: int) -> str:
+    """Which rows of many a chart has; nothing where it has all."""
+    return f" Drawn are the {which} {MOST} of {whole:,}." if whole > MOST else ""
 
 
 def _from_zero(rows: Sequence[DotRow], most: float = math.inf) -> tuple[float, float]:
@@ -212,9 +218,10 @@ def _jaccards(result: Mapping[str, Any]) -> Figure:
         told = f"unrelated {chance_range(found)}, as many per matrix {chance_range(matched)}"
         rows.append(_with_chance(pair["names"], found, number(found["value"], 3), told, [found, matched]))
     caption = say(
-        "<b>Jaccard index beside chance</b>. " + BARS,
+        "<b>Jaccard index beside chance</b>. " + BARS + "{}",
         "unrelated sets",
         "those with as many neurons per matrix",
+        _drawn("closest", len(result["pairs"])),
     )
     return dots_of(rows, "Jaccard index of the neurons", caption, domain=_from_zero(rows, most=1.02))
 
@@ -269,10 +276,11 @@ def overlap_findings(run: ReportedRun) -> list[Finding]:
             names = ", ".join(visible(each, 40) for each in pair["names"])
             made.append(Finding(CAUTION, say(where, names, " and ".join(left))))
     text = say(
-        "{} of {} of sets share more neurons than unrelated sets with as many in every matrix; the closest "
-        "are {} and {}, Jaccard index {} (unrelated {}).",
+        "{} of {} of sets share more neurons than unrelated sets with as many in every matrix; {} {} and {}, "
+        "Jaccard index {} (unrelated {}).",
         len(above),
         plural(len(pairs), "pair"),
+        "the closest are" if len(pairs) > 1 else "of",
         *(Markup("<b>{}</b>").format(visible(each, 40)) for each in best["names"]),
         number(best["jaccard"]["value"], 3),
         chance_range(best["jaccard"]["matched"]),

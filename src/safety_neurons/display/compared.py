@@ -273,10 +273,11 @@ def compare_findings(run: ReportedRun) -> list[Finding]:
         sentences.append(Finding(CAUTION, say("{}.", visible(result["ceiling_why"], 500))))
     sentences += [*known, *_most_necessary(pair, budget, result)]
     text = say(
-        "{}, at {}, <b>{}</b> has the largest causal effect: {}",
+        "{}, at {}, <b>{}</b> has {} causal effect: {}",
         pair,
         budget,
         visible(best["method"], 40),
+        "the largest" if len(defined) > 1 else "a",
         interval(best["causal_effect"]),
     )
     if len(defined) > 1:
@@ -418,9 +419,9 @@ def compare_tile(run: ReportedRun) -> Tile:
     effect = best["causal_effect"]
     verdict = OPEN if effect["value"] is None else FACT
     text = say(
-        "causal effect of {}, the largest of {} at {} of the units",
+        "causal effect of {}{} at {} of the units",
         visible(best["method"], 40),
-        plural(len(real), "method"),
+        say(", the largest of {},", plural(len(real), "method")) if len(real) > 1 else "",
         share(run.result["budget"] / run.result["n_units"]),
     )
     return Tile("Which method at equal budget?", verdict, interval(effect), text)

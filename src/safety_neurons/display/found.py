@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from safety_neurons.display.charts import site_map
 from safety_neurons.display.parts import FOUND, Cell, DisplayPart, Figure, Finding, ReportedRun, Table
-from safety_neurons.display.text import NONE, count, in_script, name, plural, say, share, visible
+from safety_neurons.display.text import NONE, count, first_of, in_script, name, plural, say, share, visible
 from safety_neurons.neurons import SITES, Scores, parse_key
 
 ROOM = 6000
@@ -313,14 +313,14 @@ def ranking_table(run: ReportedRun, n: int = 25) -> list[Table]:
     ranking = run.result.get("ranking")
     if not ranking:
         return []
-    what = visible(run.method, 40)
+    what = "expert" if run.method == "routing" else "head"
     rows: list[list[Cell]] = [
         [f"{rank}", f"{layer}", f"{number}", f"{score:.4g}"]
         for rank, (layer, number, score) in enumerate(ranking[:n], 1)
     ]
     return [
         Table(
-            f"The {len(rows)} of {len(ranking)} with the largest scores by {what}",
+            f"{first_of(len(rows), len(ranking), what)}, by {visible(run.method, 40)}",
             ["rank", "layer", "number", "score"],
             rows,
         )
@@ -414,7 +414,7 @@ def neurons_table(run: ReportedRun, n: int = 25) -> Table | None:
             ]
         )
     return Table(
-        f"The {plural(len(rows), 'neuron')} with the largest scores",
+        first_of(len(rows), len(values), "neuron"),
         ["rank", "layer", "site", "index", "score"],
         rows,
     )

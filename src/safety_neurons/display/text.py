@@ -65,6 +65,13 @@ def plural(quantity: int, word: str) -> str:
     return numbered(quantity, word).replace(" ", SPACE, 1)
 
 
+def first_of(shown: int, whole: int, word: str) -> str:
+    """What a list holds that begins with the largest scores: `All 3 heads`, or how many of how many."""
+    if shown == whole:
+        return f"All {plural(whole, word)}, largest scores first"
+    return f"The {shown:,} of {plural(whole, word)} with the largest scores"
+
+
 def in_script(value: Any) -> str:
     """JSON that cannot end a script element or open a comment: <, > and & are escapes.
 
