@@ -198,9 +198,13 @@ def test_prompts_to_measure_on_are_read_before_anything_is_found(words, tiny_pai
         words / "test.en.jsonl",
         *common,
     ]
-    assert "missing.jsonl" in refused(
-        *line, "--harmless", words / "missing.jsonl", "--out", tmp_path / "transfer"
-    )
+    for option, given, said in [
+        ("--harmless", words / "missing.jsonl", "missing.jsonl"),
+        ("--tasks", "perplexityy", "'perplexityy'"),
+        ("--tasks", f"gsm8k:{words / 'missing'}", "missing"),
+        ("--answers", tiny_pair.harmless, "without an answer"),
+    ]:
+        assert said in refused(*line, option, given, "--out", tmp_path / "transfer")
     assert not list(tmp_path.glob("*/*.scores.safetensors"))
 
 

@@ -4,15 +4,18 @@ import dataclasses
 
 import pytest
 
+from families import build, sibling
 from safety_neurons import organism
 from safety_neurons.capability import divergence, perplexity
+from safety_neurons.errors import UnsupportedModelError
 from safety_neurons.interventions import patched
 from safety_neurons.judges import judge_refusal
-from safety_neurons.model import load_pair
+from safety_neurons.model import LanguageModel, load_pair
 from safety_neurons.neurons import NeuronSet, Scores
 from safety_neurons.prompt_lists import Prompt, Prompts
 from safety_neurons.results import causal_effect
 from safety_neurons.studies import Bench, Groups, bench, comparison, find_by_group, transfer
+from tiny import CHAT_TEMPLATE, tiny_tokenizer
 from tiny_pair import GENERAL, HARMFUL, HARMLESS
 
 OPTIONS = {"max_new_tokens": 4, "batch_size": 6}
@@ -161,6 +164,19 @@ def test_sets_are_those_of_their_own_group_and_are_taken_up_again(pair, tmp_path
     assert find_by_group(pair.base, pair.aligned, groups, **options) == found
     assert len(searched) == 1
     assert [note for note in notes if "halved" in note] == ["first: a batch was halved"]
+
+
+def test_routed_experts_are_refused_before_anything_is_found_where_sets_are_to_be_patched(monkeypatch):
+    base = build("mixtral")
+    models = [
+        LanguageModel(model, tiny_tokenizer(CHAT_TEMPLATE), name="experts") for model in (base, sibling(base))
+    ]
+    options = {"method": "contrast", "units": 3, **OPTIONS}
+    found = find_by_group(*models, Groups(GROUPS), sites=("o",), to_patch=True, **options)
+    assert [neurons.n_units for neurons in found.values()] == [3, 3]
+    monkeypatch.setattr(comparison, "find", None)
+    with pytest.raises(UnsupportedModelError, match=r"16 matrices of routed experts at --sites down,"):
+        find_by_group(*models, Groups(GROUPS), sites=("down",), to_patch=True, **options)
 
 
 def test_sets_found_on_one_category_of_the_organism_restore_refusals_on_another():

@@ -10,7 +10,7 @@ import importlib.util
 import pathlib
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,12 +88,20 @@ def task(name: str) -> Task:
     return Task(name, HARNESS, source or kind)
 
 
-def check(wanted: Task, settings: TaskSettings) -> None:
-    """Reads a task's files before anything is loaded.
+def checked(names: Iterable[str], settings: TaskSettings) -> list[Task]:
+    """Tasks by name, whose files are read before anything is measured.
 
     Raises:
-        InputError: missing, or of another shape.
+        UsageError: as for `task`. InputError: a file that is missing, or of another shape.
     """
+    tasks = [task(name) for name in names]
+    for one in tasks:
+        _check(one, settings)
+    return tasks
+
+
+def _check(wanted: Task, settings: TaskSettings) -> None:
+    """Reads a task's files."""
     if wanted.kind == "gsm8k":
         read_sums(wanted.source)
     elif wanted.kind == "mmlu":

@@ -290,19 +290,28 @@ def transfer(session: Session, study: TransferStudy) -> dict[str, Any]:
         pair = session.pair(study.base, study.aligned)
         find, test = apart(session, study, pair.base)
         limit = None if study.test_limit is None else study.test_limit * len(test.names)
+        harmless, answers = (session.read(name, pair.base, limit) for name in ("harmless", "answers"))
+        tasks = listed(study.tasks) or ()
+        studies.ability_tasks(pair.base, tasks, answers, limit)  # Refused before the search, which is long.
         with session.status("analyze transfer") as tell:
             chosen = finding(session, study, method)
             sets = studies.find_by_group(
-                pair.base, pair.aligned, find, **chosen, progress=tell, notes=session.notes
+                pair.base,
+                pair.aligned,
+                find,
+                **chosen,
+                to_patch=True,
+                progress=tell,
+                notes=session.notes,
             )
             moved = studies.transfer(
                 pair.base,
                 pair.aligned,
                 sets,
                 test.members,
-                session.read("harmless", pair.base, limit),
-                tasks=listed(study.tasks) or (),
-                answers=session.read("answers", pair.base, limit),
+                harmless,
+                tasks=tasks,
+                answers=answers,
                 limit=limit,
                 random=study.random,
                 max_new_tokens=session.answer_length(study.max_new_tokens),

@@ -17,10 +17,8 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
-from safety_neurons.capability import Measurement, Task, TaskSettings
-from safety_neurons.capability import check as check_task
+from safety_neurons.capability import Measurement, Task, TaskSettings, checked
 from safety_neurons.capability import measure as measure_task
-from safety_neurons.capability import task as task_of
 from safety_neurons.capability.measures import asked_and_shown, cut, score_sums, sum_context
 from safety_neurons.counting import numbered
 from safety_neurons.display import Displayed
@@ -507,10 +505,7 @@ def _tasks(
     how = settings or TaskSettings()
     if isinstance(model, LanguageModel) and how.folder is None:
         how = dataclasses.replace(how, folder=model.prompt_folder)
-    tasks = [task_of(name) for name in capability]
-    for task in tasks:
-        check_task(task, how)
-    return tasks, how
+    return checked(capability, how), how
 
 
 # Requests: suites by name as lists of harmful and of harmless prompts, attacks put around the harmful ones

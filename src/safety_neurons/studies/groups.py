@@ -13,9 +13,10 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
 
-from safety_neurons.capability import Measurement, Task, TaskSettings, measure, task
+from safety_neurons.capability import Measurement, Task, TaskSettings, checked, measure
+from safety_neurons.counting import numbered
 from safety_neurons.detectors.methods import METHODS, HowFound, by_name, with_options
-from safety_neurons.errors import InputError, NeuronError, UsageError
+from safety_neurons.errors import InputError, NeuronError, UnsupportedModelError, UsageError
 from safety_neurons.interventions import deactivated, patched
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.batches import BatchSize
@@ -37,8 +38,8 @@ from safety_neurons.studies.bench import (
     contrast,
     try_out,
 )
-from safety_neurons.studies.comparison import Place, Searches, whole_units
-from safety_neurons.studies.lasting import solved
+from safety_neurons.studies.comparison import UNPATCHED, Place, Searches, routed_keys, whole_units
+from safety_neurons.studies.lasting import questions_of, solved
 from safety_neurons.studies.lengths import answer_length
 
 TASKS = ("perplexity", "kl")
@@ -130,6 +131,7 @@ def find_by_group(
     sites: Sequence[str] | None = None,
     max_new_tokens: int | None = None,
     place: Place | None = None,
+    to_patch: bool = False,
     progress: Progress | None = None,
     notes: list[str] | None = None,
     **options: Any,
@@ -144,13 +146,15 @@ def find_by_group(
         max_new_tokens: length of completions, for methods that write some; None is what is usual for the
             models.
         place: where the scores of every group are kept, which a killed study takes up again.
+        to_patch: whether the sets are to be patched: what cannot be is refused before the search.
         progress: told every group.
         notes: gets what the searches had to say, with the group.
         **options: `method`, and otherwise the fields of `HowFound`: a feed-forward index or a `v` row with
             its `o` columns counts as one unit; `batch_size`, prompts per pass.
 
     Raises:
-        UsageError: an unknown method, one that needs a pair, or a share that is none.
+        UsageError: an unknown method, one that needs a pair, or a share that is none. UnsupportedModelError:
+            the sets are to be patched, and neurons of routed experts would be scored.
     """
     batch_size: BatchSize = options.pop("batch_size", "auto")
     how = HowFound.of(**options)
@@ -168,7 +172,14 @@ def find_by_group(
         )
     table = aligned.table
     sites = tuple(site for site in sites or SITES if any(parse_key(key).site == site for key in table.keys))
-    budget = how.units or max(1, round(how.top * NeuronSet.all(table).only(sites=sites).n_units))
+    candidates = NeuronSet.all(table).only(sites=sites)
+    routed = routed_keys(candidates) if to_patch and method.ROUTED else []
+    if routed:
+        raise UnsupportedModelError(
+            f"{how.method} would score {numbered(len(routed), 'matrix', 'matrices')} of routed experts at "
+            f"--sites {','.join(sites)}, and {UNPATCHED}; take dense sites, such as --sites q,k,v,o"
+        )
+    budget = how.units or max(1, round(how.top * candidates.n_units))
     longest = max_new_tokens or answer_length(base or aligned, aligned)
     searching = with_options(method.NAME, sites=sites, max_new_tokens=longest)
     searches, sets = Searches((base or aligned, aligned), place), {}
@@ -437,6 +448,19 @@ class Transfer:
         return means
 
 
+def ability_tasks(
+    base: LanguageModel, tasks: Sequence[str], answers: Source | None, limit: int | None
+) -> tuple[list[Task], TaskSettings, Prompts]:
+    """What `transfer` measures of general ability, read before anything is found or answered.
+
+    Raises:
+        UsageError: an unknown task. InputError: its file cannot be read, or a question has no answer.
+    """
+    settings = TaskSettings(limit=limit, folder=base.prompt_folder)
+    questions = Prompts([]) if answers is None else questions_of(answers)
+    return checked(tasks, settings), settings, questions
+
+
 def transfer(
     base: LanguageModel,
     aligned: LanguageModel,
@@ -470,14 +494,12 @@ def transfer(
     groups = Groups({name: as_prompts(asked) for name, asked in harmful.items()})
     if empty := [name for name, neurons in sets.items() if not len(neurons)]:
         raise NeuronError(f"the set {empty[0]!r} is empty; expected at least one neuron")
+    wanted, settings, questions = ability_tasks(base, tasks, answers, limit)
     try_out(base, *(functools.partial(patched, base, aligned, neurons) for neurons in sets.values()))
     bench = Bench.of({"base": base, "aligned": aligned, "sets": sets}, groups.pooled, harmless, **how)
-    if answers is not None:
-        bench.task = as_prompts(answers)
-    settings = TaskSettings(
-        limit=limit, batch_size=bench.batch_size, seed=bench.seed, folder=base.prompt_folder
-    )
-    measured = functools.partial(_ability, bench, [task(name) for name in tasks], settings)
+    bench.task = questions
+    settings = dataclasses.replace(settings, batch_size=bench.batch_size, seed=bench.seed)
+    measured = functools.partial(_ability, bench, wanted, settings)
     donor = Arm("aligned", aligned)
     goal = groups.split(bench.refused(donor))
     matrix = Matrix(

@@ -29,8 +29,9 @@ import numpy as np
 import torch
 
 from safety_neurons.capability import perplexity
+from safety_neurons.counting import numbered
 from safety_neurons.detectors import find_attribution, find_importance
-from safety_neurons.errors import NeuronError, UsageError
+from safety_neurons.errors import InputError, NeuronError, UsageError
 from safety_neurons.judges import judge_refusal
 from safety_neurons.judges.wording import judge_compliance
 from safety_neurons.model import LanguageModel
@@ -209,6 +210,7 @@ class Lab(Bench):
     def __post_init__(self) -> None:
         if self.judge not in JUDGES:
             raise UsageError(f"judge {self.judge!r}: expected one of {', '.join(JUDGES)}")
+        self.task = questions_of(self.task)
         super().__post_init__()
 
     @property
@@ -683,6 +685,22 @@ def _order(examples: int, wanted: int, seed: int) -> list[int]:
     generator = np.random.default_rng([seed, 3])
     rounds = [generator.permutation(examples) for _ in range(-(-wanted // examples))]
     return [int(index) for index in np.concatenate(rounds)[:wanted]]
+
+
+def questions_of(source: Source) -> Prompts:
+    """Questions of a task.
+
+    Raises:
+        InputError: one without an answer, by which it could be solved.
+    """
+    questions = as_prompts(source)
+    without = sum(not prompt.answer for prompt in questions)
+    if without:
+        raise InputError(
+            f"{without} of {numbered(len(questions), 'question')} of {questions.name} without an answer; "
+            "expected one each, in a column such as answer"
+        )
+    return questions
 
 
 def solved(completions: Completions, prompts: Prompts) -> list[bool | None]:
