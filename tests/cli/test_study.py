@@ -147,7 +147,11 @@ def test_stress_is_one_command(words, tiny_pair, tmp_path):
     done = command(*line, "--attack", words[words.index("--mixed") + 1], "--json")
     assert done.code == 0, done
     assert len(done.json["curves"]) == 3 + 3 + 3 + 3 + 2 + 2 + 2
-    shown = command(*line, "--attack", words[words.index("--mixed") + 1]).out
+    again = command(*line, "--attack", words[words.index("--mixed") + 1])
+    shown = again.out
+    assert f"answers cut off at the limit of {done.json['max_new_tokens']} tokens" in again.err
+    assert "untuned cut off" in shown
+    assert "difference of harm" in shown
     assert "harmful LoRA" in shown
     assert "abliteration, norms kept" in shown
 

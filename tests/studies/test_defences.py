@@ -162,6 +162,12 @@ def test_every_defence_stands_the_grid_and_a_killed_study_goes_on(tiny_pair, tmp
         mine = [row for row in found["points"] if row["arm"] == arm["arm"]]
         assert arm["worst"]["harmful"]["harmed"]["value"] == max(row["harmed"]["value"] for row in mine)
         assert arm["left_out"]["harmful"] == 0
+        cut = [
+            sum(one.finish_reason == "length" for one in lab.completions if one.arm.startswith(f"{name}/"))
+            for name in (f"{arm['arm']}/start", f"{arm['arm']}/harmful 0.01 1")
+        ]
+        assert [arm["start"]["cut_off"], arm["worst"]["harmful"]["cut_off"]] == cut
+        assert min(cut) > 0
     by_name = {arm["arm"]: arm["start"]["perplexity"]["value"] for arm in found["arms"]}
     assert by_name["LoX"] != by_name["SN-Tune"] == by_name["Safe LoRA"] != by_name["none"]
     assert set(found["differences"]) == {f"{arm} - SN-Tune" for arm in DEFENCES if arm != "SN-Tune"}

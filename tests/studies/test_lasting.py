@@ -8,6 +8,7 @@ import torch
 
 from safety_neurons import load
 from safety_neurons.errors import InputError, NeuronError, UsageError
+from safety_neurons.judges import FunctionJudge, JudgeVerdict
 from safety_neurons.neurons import NeuronSet, Scores
 from safety_neurons.prompt_lists import Prompt, Prompts
 from safety_neurons.results import Completion, Completions
@@ -42,9 +43,50 @@ def sets(model):
     return sets_from(Scores(values, model.table), basis, 0.05)
 
 
+def even(answer):
+    """A judge of harm that has both verdicts on every model: by the number of letters."""
+    label = (
+        "unscored" if not answer.completion.strip() else "safe" if len(answer.completion) % 2 else "harmful"
+    )
+    return JudgeVerdict(
+        label, None, None, p_harmful=None if label == "unscored" else float(label == "harmful")
+    )
+
+
 @pytest.fixture
 def lab():
-    return Lab(REFUSALS[:4], ANSWERS[:4], Prompts.from_list(["the cake is red ."]), TASK, max_new_tokens=4)
+    judge = FunctionJudge("even-1", even)
+    judge.measure = "harmful"
+    text = Prompts.from_list(["the cake is red ."])
+    return Lab(REFUSALS[:4], ANSWERS[:4], text, TASK, max_new_tokens=4, harm_judge=judge)
+
+
+def written(lab, arm, kinds=("harmful", "harmless", "task")):
+    """What a lab has kept of an arm's answers."""
+    return [one for one in lab.completions if one.arm in {f"{arm}/{kind}" for kind in kinds}]
+
+
+def cut(answers):
+    """How many ended at the limit."""
+    return sum(one.finish_reason == "length" for one in answers)
+
+
+def change_of_harm(lab, ours, theirs):
+    """Mean difference over the requests on which both arms have a verdict; None where there is none."""
+    sides = [[even(one).label for one in written(lab, arm, ("harmful",))] for arm in (ours, theirs)]
+    both = [pair for pair in zip(*sides, strict=True) if "unscored" not in pair]
+    changes = [(mine == "harmful") - (other == "harmful") for mine, other in both]
+    return sum(changes) / len(changes) if changes else None
+
+
+def stepped_down(differences):
+    """Holm's p, one comparison after the other, smallest first."""
+    known = sorted((one["p"], place) for place, one in enumerate(differences) if one.get("p") is not None)
+    held, largest = {}, 0.0
+    for rank, (p, place) in enumerate(known):
+        largest = max(largest, min(1.0, p * (len(known) - rank)))
+        held[place] = largest
+    return [held.get(place) for place in range(len(differences))]
 
 
 def plan(**changes):
@@ -83,7 +125,18 @@ def test_every_arm_is_measured_before_and_after(model, sets, lab, tmp_path):
         assert row["before"]["harmful"]["n"] + row["before"]["harmful"]["unscored"] == 4
         assert len(row["after"]["perplexity"]["by_seed"]) == 1
         assert row["before"]["perplexity"] != row["after"]["perplexity"]
-    assert "RSN-Tune - SN-Tune" in found["differences"]
+        for when in ("before", "after"):
+            of = SN if (row["arm"], when) == (KEPT, "before") else row["arm"]
+            assert row[when]["cut_off"] == cut(written(lab, f"{of}/{when}")) > 0
+    pairs = found["differences"]
+    for when in ("before", "after"):
+        expected = change_of_harm(lab, f"{RSN}/{when}", f"{SN}/{when}")
+        assert pairs["RSN-Tune - SN-Tune"][f"harm_{when}"]["value"] == pytest.approx(expected)
+    every = [one for pair in pairs.values() for one in pair.values()]
+    assert [one.get("p_holm") for one in every] == pytest.approx(stepped_down(every))
+    assert lab.cut_off_notes() == [
+        f"{cut(lab.completions)} of {len(lab.completions)} answers cut off at the limit of 4 tokens"
+    ]
     json.dumps(found, allow_nan=False)
     assert base_hash(model, NeuronSet.all(model.table)) == before
     assert not any(
@@ -232,6 +285,15 @@ def test_stress_attacks_both_states_in_every_way(model, sets, lab, tmp_path):
             scored = point["refused"][side]["n"] + point["refused"][side]["unscored"]
             assert scored == point["harmed"][side]["n"] + point["harmed"][side]["unscored"] == 4
             assert point["perplexity"][side]["value"] > 1
+        if point["attack"] in ("prune", "abliteration", "harmful LoRA") and point["amount"]:
+            arms = [f"{state}/{point['attack']} {point['amount']:g}" for state in ("untuned", SN)]
+            told = [point["cut_off"][side] for side in ("before", "after")]
+            assert told == [cut(written(lab, arm, ("harmful",))) for arm in arms]
+            expected = change_of_harm(lab, arms[1], arms[0])
+            assert point["harm_difference"]["value"] == pytest.approx(expected)
+    every = [point[name] for point in found["curves"] for name in ("difference", "harm_difference")]
+    assert [one.get("p_holm") for one in every] == pytest.approx(stepped_down(every))
+    assert any(point["harm_difference"]["value"] for point in found["curves"])
     assert amounts == {
         "prune": [0, 0.5, 1.0],
         "prune random": [0, 0.5, 1.0],

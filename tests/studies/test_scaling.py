@@ -10,7 +10,7 @@ from conforming import misfits
 from safety_neurons.errors import NeuronError, UsageError
 from safety_neurons.guard import bindings_of, fit_guard
 from safety_neurons.interventions import scaled
-from safety_neurons.judges import GoesAlongJudge, judge_refusal
+from safety_neurons.judges import FunctionJudge, GoesAlongJudge, JudgeVerdict, judge_refusal
 from safety_neurons.model import LanguageModel, load_pair
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.prompt_lists import Prompt, Prompts
@@ -53,6 +53,46 @@ def test_zero_is_deactivation_and_one_is_the_model_as_it_is(found, model, neuron
         assert (mine.harmful, mine.perplexity) == (theirs.harmful, theirs.perplexity)
     assert one.treated.harmful == found.untreated.harmful
     assert (one.treated.divergence, one.change_against_random) == (0.0, None)
+
+
+def test_harm_is_held_against_random_sets_in_one_family_with_refusals(model, neurons):
+    """Both by a judge that has both verdicts; the difference is from the mean of the random sets."""
+
+    def letters(completion):
+        bad = len(completion.completion) % 2 == 0
+        return JudgeVerdict("harmful" if bad else "safe", None, None, p_harmful=float(bad))
+
+    judge = FunctionJudge("letters-1", letters)
+    judge.measure = "harmful"
+    how = {"factors": (0, 0.5, 1, 2, 3, 4, 5), "random": 3, "harm_judge": judge}
+    found = verify_scale(model, neurons, HARMFUL, HARMLESS[:2], **how, **OPTIONS)
+    answers = found.bench.completions
+
+    def share(arm):
+        told = [len(one.completion) % 2 == 0 for one in answers.arm(f"{arm}/harmful")]
+        return sum(told) / len(told)
+
+    for dose in found.doses:
+        if dose.factor == 1:
+            assert dose.harm_change_against_random is None
+            continue
+        drawn = [share(f"random {number}, factor {dose.factor:g}") for number in range(3)]
+        expected = share(f"factor {dose.factor:g}") - sum(drawn) / 3
+        assert dose.harm_change_against_random.value == pytest.approx(expected)
+    family = [
+        one
+        for dose in found.doses
+        for one in (dose.change_against_random, dose.harm_change_against_random)
+        if one is not None and one.p is not None
+    ]
+    assert len(family) > 10
+    ordered = sorted(family, key=lambda one: one.p)
+    largest = 0.0
+    for rank, one in enumerate(ordered):
+        largest = max(largest, min(1.0, one.p * (len(ordered) - rank)))
+        assert one.p_holm == pytest.approx(largest)
+    columns = found.tables()[1].columns
+    assert list(columns[-2:]) == ["harm, against random sets", "clear"]
 
 
 def test_the_answers_of_a_factor_are_those_of_the_scaled_model(found, model, neurons):

@@ -721,7 +721,7 @@ def tax(session: Session, study: TaxStudy) -> dict[str, Any]:
             if tell is not None:
                 tell("analyse")
             pairs = relations(read.changes, top=study.top, seed=session.common.seed)
-        session.notes.extend([*read.notes, *crossed.bench.notes])
+        session.notes.extend([*read.notes, *crossed.bench.notes, *crossed.bench.cut_off_notes()])
         record: dict[str, Any] = {
             "top": study.top,
             "prompts": read.prompts,

@@ -391,7 +391,7 @@ def rsn(session: Session, study: RsnStudy) -> dict[str, Any]:
         plan, lab, sets = parts(session, study, model, arms=study.names, steps=study.steps)
         with session.status("study rsn") as tell:
             result = studies.rsn(model, sets, plan, lab, cache=Cache(session.folder.path), tell=tell)
-        return {**result, "judge": lab.judge, **keep_arms(session, sets, lab)}
+        return {**result, **keep_arms(session, sets, lab)}
 
     return session.run(work)
 
@@ -428,7 +428,7 @@ def stress(session: Session, study: StressStudy) -> dict[str, Any]:
             result = studies.stress(
                 model, sets, plan, attack, lab, cache=Cache(session.folder.path), tell=tell
             )
-        return {**result, "judge": lab.judge, **keep_arms(session, sets, lab)}
+        return {**result, **keep_arms(session, sets, lab)}
 
     return session.run(work)
 
@@ -465,7 +465,7 @@ def defences(session: Session, study: DefencesStudy) -> dict[str, Any]:
                 model, sets, plan, grid, lab, cache=Cache(session.folder.path), tell=tell
             )
         return session.drawn(
-            {**result, "judge": lab.judge, **keep_arms(session, sets, lab)},
+            {**result, **keep_arms(session, sets, lab)},
             session.folder.path("defences.svg"),
         )
 
@@ -541,12 +541,15 @@ def neurons_of(session: Session, study: WhichNeurons, model: Any) -> Any:
 
 
 def keep_arms(session: Session, sets: Any, lab: Any) -> dict[str, Any]:
-    """Write the sets; where they are."""
+    """Write the sets; where they are, and how was measured."""
+    session.notes.extend(lab.cut_off_notes())
     files = {}
     for name in ("safety", "foundation", "robust"):
         files[name] = str(session.folder.path(f"{name}.safetensors"))
         getattr(sets, name).save(files[name])
     return {
+        "judge": lab.judge,
+        "max_new_tokens": lab.longest,
         "neurons": files,
         "measured_on": {"harmful": len(lab.harmful), "harmless": len(lab.harmless), "task": len(lab.task)},
     }

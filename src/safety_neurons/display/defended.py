@@ -22,10 +22,13 @@ from safety_neurons.results import captioned, clear_word, is_clear
 
 WORST = (
     *("defence", "fine-tune", "rate", "steps", "harm", "refused", "complied with", "harmless answered"),
-    *("task", "perplexity", "left out"),
+    *("task", "perplexity", "cut off", "left out"),
 )
-STARTS = ("defence", "harm", "refused", "complied with", "harmless answered", "task", "perplexity")
-POINTS = ("defence", "fine-tune", "rate", "steps", "harm", "refused", "task", "perplexity", "left out for")
+STARTS = ("defence", "harm", "refused", "complied with", "harmless answered", "task", "perplexity", "cut off")
+POINTS = (
+    *("defence", "fine-tune", "rate", "steps", "harm", "refused", "task", "perplexity", "cut off"),
+    "left out for",
+)
 UNTUNED, TUNED = "none", "SN-Tune"
 
 
@@ -99,7 +102,7 @@ def _worst(arm: Mapping[str, Any], mixture: str) -> list[Cell]:
     worst, out = arm["worst"][mixture], f"{arm['left_out'][mixture]} of {arm['points']}"
     what: list[Cell] = [visible(arm["arm"], 40), visible(mixture, 20)]
     if worst is None:
-        return [*what, *[NONE] * 8, out]
+        return [*what, *[NONE] * 9, out]
     return [*what, f"{worst['rate']:g}", count(worst["steps"]), *_measures(worst), out]
 
 
@@ -112,7 +115,7 @@ def _measures(row: Mapping[str, Any]) -> list[Cell]:
         interval(row[kind]) if row[kind] else NONE
         for kind in ("harmed", "refused", "harmful", "harmless", "task")
     ]
-    return [*rates, number(row["perplexity"]["value"])]
+    return [*rates, number(row["perplexity"]["value"]), count(row.get("cut_off"))]
 
 
 def _point(row: Mapping[str, Any]) -> list[Cell]:
@@ -123,6 +126,7 @@ def _point(row: Mapping[str, Any]) -> list[Cell]:
         count(row["steps"]),
         *(interval(row[kind]) if row[kind] else NONE for kind in ("harmed", "refused", "task")),
         number(row["perplexity"]["value"]),
+        count(row.get("cut_off")),
         visible(row["left_out"], 80) or NONE,
     ]
 
@@ -138,9 +142,10 @@ def defences_findings(run: ReportedRun) -> list[Finding]:
             continue
         best = min(known, key=lambda arm: arm["worst"][mixture]["harmed"]["value"] or 0.0)
         text = say(
-            "Against the worst {} fine-tune, {} does best: {} of the harmful requests are answered with harm",
+            "Against the worst {} fine-tune, {}{}: {} of the harmful requests are answered with harm",
             visible(mixture, 20),
             visible(best["arm"], 40),
+            " does best" if len(known) > 1 else "",
             share(best["worst"][mixture]["harmed"]["value"], 0),
         )
         plain = next((arm for arm in known if arm["arm"] == UNTUNED), None)

@@ -95,12 +95,18 @@ def _changes(result: Mapping[str, Any]) -> Table:
             f"{dose['factor']:g}",
             interval(dose["change"], signed=True),
             interval(dose["harm_change"], signed=True),
-            interval(dose["change_against_random"], signed=True),
-            clear_word(dose["change_against_random"]) if dose["change_against_random"] else NONE,
+            *(
+                cell
+                for against in (dose["change_against_random"], dose.get("harm_change_against_random"))
+                for cell in (interval(against, signed=True), clear_word(against) if against else NONE)
+            ),
         ]
-        for dose in result["doses"]
+        for dose in result["doses"]  # Runs of earlier versions hold no harm against random sets.
     ]
-    columns = ["factor", "refusals", "answers that do harm", "refusals, against random sets", "clear"]
+    columns = [
+        *("factor", "refusals", "answers that do harm"),
+        *("refusals, against random sets", "clear", "harm, against random sets", "clear"),
+    ]
     caption = "Paired change from the model as it is; 95\u00a0% intervals"
     return Table(captioned(caption, result["doses"]), columns, rows)
 

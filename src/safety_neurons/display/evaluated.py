@@ -225,9 +225,9 @@ def _suites_table(arms: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
 
 
 def _cut_off(arm: Mapping[str, Any], suite: str, kind: str) -> str:
-    """Answers of a suite that ended at the limit of tokens; earlier versions do not say."""
+    """Answers of a suite that ended at the limit of tokens."""
     entry = next(one for one in arm["suites"] if (one["suite"], one["kind"]) == (suite, kind))
-    return count(entry["cut_off"]) if "cut_off" in entry else NONE
+    return count(entry.get("cut_off"))
 
 
 def _capability_table(result: Mapping[str, Any], arms: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
@@ -500,7 +500,9 @@ COLUMNS = (
 
 
 TIMES = ("before", "after")
-JUDGED = ("arm", *(f"{what} {at}" for at in TIMES for what in ("refused", "harmed")))
+JUDGED = ("arm", *(f"{what} {at}" for at in TIMES for what in ("refused", "harmed", "cut off")))
+PAIRED = {"before": "before", "after": "after", "harm_before": "harm before", "harm_after": "harm after"}
+"""By name of a paired difference its column; harm is by its judge."""
 
 
 def repair_part(run: ReportedRun) -> DisplayPart:
@@ -561,31 +563,39 @@ def rsn_part(run: ReportedRun) -> DisplayPart:
                 interval(after["task"]),
             ]
         )
+    # Runs of earlier versions have no differences of harm.
     pairs = [
         [
             visible(pair, 60),
-            interval(found["before"], signed=True),
-            interval(found["after"], signed=True),
+            *(interval(found.get(name), signed=True) for name in PAIRED),
             _clear(found[when]),
+            _clear(found.get(f"harm_{when}")),
         ]
         for pair, found in result["differences"].items()
     ]
     differences = Table(
-        captioned("Paired differences of harmful requests complied with", result["differences"]),
-        ("arms", "before", "after", "clear"),
+        captioned("Paired differences of harmful requests complied with, and of harm", result["differences"]),
+        ("arms", *PAIRED.values(), f"clear {when}", f"harm clear {when}"),
         pairs,
     )
     judged = [
         [
             visible(arm["arm"], 40),
-            *(interval(arm[at][kind]) for at in TIMES for kind in ("refused", "harmed")),
+            *(
+                cell
+                for at in TIMES
+                for cell in (
+                    *(interval(arm[at][kind]) for kind in ("refused", "harmed")),
+                    count(arm[at].get("cut_off")),
+                )
+            ),
         ]
         for arm in result["arms"]
         if arm["before"].get("refused")  # runs of earlier versions do not say
     ]
     tables = [Table("Every arm", COLUMNS, cells), differences]
     if judged:
-        tables.insert(1, Table("Refusal and harm by their judges", JUDGED, judged))
+        tables.insert(1, Table("Refusal and harm by their judges; answers cut off", JUDGED, judged))
     return DisplayPart(
         say("Safety through a fine-tune of {}", name(run.model)),
         lead,
@@ -608,7 +618,17 @@ def stress_part(run: ReportedRun) -> DisplayPart:
         if "refused" in point:
             pairs = [point[kind][side] for kind in ("refused", "harmed") for side in ("before", "after")]
             text = [number(point["perplexity"][side]["value"]) for side in ("before", "after")]
-            others.append([*what, *map(interval, pairs), *text])
+            cut = point.get("cut_off") or {}
+            others.append(
+                [
+                    *what,
+                    *map(interval, pairs),
+                    interval(point.get("harm_difference"), signed=True),
+                    clear_word(point["harm_difference"]) if point.get("harm_difference") else NONE,
+                    *text,
+                    *(count(cut.get(side)) for side in ("before", "after")),
+                ]
+            )
     lead = say(
         "Harmful requests complied with while the model is attacked, over {}: shares of the set that are "
         "switched off (random ones as a control), directions taken out of the residual stream, what is left "
@@ -618,7 +638,13 @@ def stress_part(run: ReportedRun) -> DisplayPart:
     columns = ("attack", "how much", "untuned", "tuned", "difference", "clear")
     tables = [Table(captioned("Means with 95\u00a0% intervals", result["curves"]), columns, rows)]
     if others:
-        tables.append(Table("Refusal and harm by their judges, and perplexity", ATTACKED, others))
+        tables.append(
+            Table(
+                captioned("Refusal and harm by their judges, perplexity, answers cut off", result["curves"]),
+                ATTACKED,
+                others,
+            )
+        )
     if result.get("directions"):
         tables.append(Table("Directions that abliteration took out", DIRECTIONS, _directions(result)))
     return DisplayPart(say("Attacks on {}", name(run.model)), lead, (), tables)
@@ -626,7 +652,8 @@ def stress_part(run: ReportedRun) -> DisplayPart:
 
 ATTACKED = (
     *("attack", "how much", "untuned refuses", "tuned refuses", "untuned harms", "tuned harms"),
-    *("untuned perplexity", "tuned perplexity"),
+    *("difference of harm", "clear", "untuned perplexity", "tuned perplexity"),
+    *("untuned cut off", "tuned cut off"),
 )
 DIRECTIONS = ("model", "seed", "layer", "attack", "directions", "share of the stream before", "after")
 

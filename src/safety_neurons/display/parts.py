@@ -309,13 +309,8 @@ def arm_row(label: str, arm: Mapping[str, Any]) -> list[Cell]:
         *map(interval, kinds),
         number(arm["perplexity"]),
         number(arm["divergence"], 3),
-        _cut_off(arm),
+        count(arm.get("cut_off")),  # Runs of earlier versions do not say.
     ]
-
-
-def _cut_off(arm: Mapping[str, Any]) -> str:
-    """How many of the answers ended at the limit of tokens; earlier versions do not say."""
-    return count(arm["cut_off"]) if "cut_off" in arm else NONE
 
 
 def price(before: Mapping[str, Any], after: Mapping[str, Any]) -> Finding:

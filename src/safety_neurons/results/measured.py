@@ -150,6 +150,8 @@ class DoseRecord(TypedDict):
     harm_change: DifferenceRecord
     change_against_random: DifferenceRecord | None
     """Refusals, the set scaled minus random sets scaled."""
+    harm_change_against_random: DifferenceRecord | None
+    """The same of answers that do harm."""
     random: list[ArmRecord]
 
 

@@ -30,7 +30,7 @@ from safety_neurons.model import LanguageModel
 from safety_neurons.model.likelihood import token_log_probabilities
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.prompt_lists import Prompts
-from safety_neurons.results import difference_over_seeds, holm, rate_over_seeds
+from safety_neurons.results import Difference, difference_over_seeds, holm, rate_over_seeds
 from safety_neurons.results.estimates import GroupLabels
 from safety_neurons.results.run import Cache
 from safety_neurons.strict_json import JsonObject
@@ -62,6 +62,8 @@ KINDS = {
     "benign": ("benign fine-tuning",),
 }
 """By kind of attack, the curves it gives."""
+GAINS = {"difference": "harmful", "harm_difference": "harmed"}
+"""By name of a paired difference, tuned minus untuned, what of a point it is of."""
 MOST_PROMPTS, MOST_DIVERGENCE, FIRST_LAYERS = 16, 0.1, 0.8
 """For the choice of a direction: prompts of a kind, KL per token on harmless ones in nats, and the share of
 the layers that is looked at.
@@ -371,24 +373,24 @@ def stress_summary(
     shared: Mapping[str, GroupLabels] = types.MappingProxyType({}),
 ) -> JsonObject:
     """What the seeds say together: `before` and `after` are the shares complied with at every point."""
-    points, gains = [], []
+    points, gains = list[dict[str, Any]](), list[Difference]()
     for name, place, amount in _places(done[f"{BEFORE}/{plan.seeds[0]}"]["curves"]):
         before, after = (
             [done[f"{state}/{seed}"]["curves"][name][place][1] for seed in plan.seeds]
             for state in (BEFORE, AFTER)
         )
-        tuned, untuned = ([point["harmful"] for point in side] for side in (after, before))
-        gains.append(difference_over_seeds(tuned, untuned, shared.get("harmful")))
+        for kind in GAINS.values():
+            tuned, untuned = ([point[kind] for point in side] for side in (after, before))
+            gains.append(difference_over_seeds(tuned, untuned, shared.get("harmful")))
         rates = {"before": measured(before, shared), "after": measured(after, shared)}
         others = {
             kind: {side: rate[kind] for side, rate in rates.items()}
-            for kind in ("refused", "harmed", "perplexity")
+            for kind in ("refused", "harmed", "perplexity", "cut_off")
         }
         complied_with = {side: rate["harmful"] for side, rate in rates.items()}
         points.append({"attack": name, "amount": amount, **complied_with, **others})
-    curves = [
-        {**point, "difference": gain.to_json()} for point, gain in zip(points, holm(gains), strict=True)
-    ]
+    held = iter(holm(gains))
+    curves = [{**point, **{name: next(held).to_json() for name in GAINS}} for point in points]
     first = attack.curves[0]
     starts = [
         [done[f"{state}/{seed}"]["curves"][first][0][1]["harmful"] for seed in plan.seeds]

@@ -14,6 +14,7 @@ from typing import Any, TypedDict, cast
 
 from safety_neurons.capability import divergence
 from safety_neurons.capability.measures import measure_perplexity
+from safety_neurons.counting import numbered
 from safety_neurons.errors import RunError
 from safety_neurons.guard import Guard
 from safety_neurons.judges import HARM_JUDGE, GoesAlongJudge, Judge, broken, judge_refusal
@@ -442,6 +443,11 @@ class Bench:
     def say(self, notes: Iterable[str]) -> None:
         """Add to the notes what was not said yet."""
         self.answers.say(notes)
+
+    def cut_off_notes(self) -> list[str]:
+        """How many answers were cut at the limit of tokens, where some were."""
+        cut, every = cut_off(self.completions), numbered(len(self.completions), "answer")
+        return [f"{cut:,} of {every} cut off at the limit of {self.longest} tokens"] if cut else []
 
     def tell(self, name: str) -> None:
         """Say what is measured now."""

@@ -360,7 +360,7 @@ def deactivation_matrix(
         held_together(cells),
         skipped,
         groups.shared,
-        (*matrix.notes, *bench.notes),
+        (*matrix.notes, *bench.notes, *bench.cut_off_notes()),
     )
 
 
@@ -511,7 +511,7 @@ def transfer(
         cells += matrix.row(name, neurons)
         abilities.append(measured(matrix.arm(name, neurons), name))
     bench.finish()
-    notes = (*matrix.notes, *bench.notes)
+    notes = (*matrix.notes, *bench.notes, *bench.cut_off_notes())
     return Transfer(
         tuple(groups.names),
         matrix.untreated,

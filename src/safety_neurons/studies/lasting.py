@@ -44,7 +44,7 @@ from safety_neurons.results.estimates import GroupLabels
 from safety_neurons.results.run import Cache, Checkpoint
 from safety_neurons.strict_json import JsonObject
 from safety_neurons.studies.bench import Arm, Bench, Progress, Verdicts, content_of, hold_answers
-from safety_neurons.studies.lengths import answer_length, too_long
+from safety_neurons.studies.lengths import answer_length, cut_off, too_long
 from safety_neurons.studies.tuning import tuning_over_seeds
 from safety_neurons.tuning import Tuned, apply_delta, protected
 from safety_neurons.tuning import tune as train
@@ -197,6 +197,8 @@ class Point:
     """Whether a harmful request was refused."""
     harmed: Verdicts = ()
     """Whether its answer does harm, by the judge of harm."""
+    cut_off: int = 0
+    """Answers of every kind that were cut at the limit of tokens."""
 
 
 @dataclasses.dataclass
@@ -224,18 +226,23 @@ class Lab(Bench):
         if self.text is not None:
             text = perplexity(arm.model, self.text, arm.treatment, **options)
         answers = self.answered(arm, seed)
+        others = [Completions()] * 2
+        if not harmful_alone:
+            others = [self.completed(arm, kind, seed) for kind in ("harmless", "task")]
+        harmless, task = others
         return Point(
             complied(answers.completions, self.judge),
-            [] if harmful_alone else complied(self.completed(arm, "harmless", seed), self.judge),
-            [] if harmful_alone else self.solved(arm, seed),
+            complied(harmless, self.judge),
+            solved(task, self.task),
             text,
             answers.refused,
             answers.complied,
+            cut_off([*answers.completions, *harmless, *task]),
         )
 
     def solved(self, arm: Arm, seed: int) -> Verdicts:
         """Whether each question of the task is answered as it should be."""
-        return solved(self.completed(arm, "task", seed), self.task) if len(self.task) else []
+        return solved(self.completed(arm, "task", seed), self.task)
 
 
 def complied(answers: Completions, judge: str) -> list[bool | None]:
@@ -496,19 +503,14 @@ def summary(
     for first, second in ((SN, NONE), (SN, RANDOM), (RSN, SN), (RSN, RANDOM), (KEPT, SN)):
         if first not in plan.arms or second not in plan.arms:
             continue
-        for name, (when, kind) in {
-            "before": ("before", "harmful"),
-            "after": ("after", "harmful"),
-            "task_after": ("after", "task"),
-        }.items():
+        for name, (when, kind) in COMPARED.items():
             ours, theirs = column(first, when, kind), column(second, when, kind)
             if ours[0]:
-                compared[f"{first} - {second}", name] = difference_over_seeds(ours, theirs, shared.get(kind))
+                labels = shared.get(MEASURES[kind])
+                compared[f"{first} - {second}", name] = difference_over_seeds(ours, theirs, labels)
     differences: dict[str, dict[str, Any]] = {}
     for (pair, name), difference in zip(compared, holm(list(compared.values())), strict=True):
-        differences.setdefault(pair, {"before": None, "after": None, "task_after": None})[name] = (
-            difference.to_json()
-        )
+        differences.setdefault(pair, dict.fromkeys(COMPARED))[name] = difference.to_json()
     return {
         "study": "rsn",
         "seeds": list(plan.seeds),
@@ -532,15 +534,30 @@ MEASURES = {
     "task": "task",
 }
 """What is counted at a point, and on which prompts."""
+COMPARED = {
+    "before": ("before", "harmful"),
+    "after": ("after", "harmful"),
+    "task_after": ("after", "task"),
+    "harm_before": ("before", "harmed"),
+    "harm_after": ("after", "harmed"),
+}
+"""By name of a difference when it is measured, and what."""
 
 
 def measured(points: Sequence[Mapping[str, Any]], shared: Mapping[str, GroupLabels]) -> JsonObject:
-    """The points of several seeds as rates over seeds and prompts; None where nothing was counted."""
+    """The points of several seeds as rates over seeds and prompts, None where nothing was counted; and how
+    many answers of all seeds were cut off.
+    """
     rates = {}
     for name, prompts in MEASURES.items():
         column = [point.get(name, ()) for point in points]
         rates[name] = rate_over_seeds(column, shared.get(prompts)).to_json() if len(column[0]) else None
-    return {**rates, "perplexity": mean_of([point["perplexity"] for point in points])}
+    cut = [point.get("cut_off") for point in points]  # Seeds of an earlier version do not say.
+    return {
+        **rates,
+        "perplexity": mean_of([point["perplexity"] for point in points]),
+        "cut_off": None if None in cut else sum(cut),
+    }
 
 
 def mean_of(values: Sequence[float | None]) -> JsonObject:

@@ -19,7 +19,7 @@ from safety_neurons.interventions import scaled
 from safety_neurons.model import LanguageModel
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.prompt_lists.readers import Source
-from safety_neurons.results import Difference, Rate, holm, paired_difference, rate
+from safety_neurons.results import Difference, Rate, holm, rate
 from safety_neurons.results.measured import DoseRecord, ScalingRecord
 from safety_neurons.results.records import Recorded, called
 from safety_neurons.studies.bench import UNTREATED, Arm, ArmOutcome, Bench, How, contrast, try_out
@@ -40,6 +40,8 @@ class Dose(Recorded[DoseRecord]):
     """The same of answers that do harm."""
     change_against_random: Difference | None
     """Refusals, the set scaled minus the next random set scaled; None without any, and of factor 1."""
+    harm_change_against_random: Difference | None
+    """The same of answers that do harm."""
     random: tuple[ArmOutcome, ...]
 
 
@@ -130,10 +132,15 @@ def verify_scale(
             measured(f"random {number}, factor {factor:g}", control, factor)
             for number, control in enumerate(controls)
         )
-        chance = [] if factor == 1 else [outcome.harmful for outcome in random]
-        told = contrast(treated.harmful, untreated.harmful, bench.harmful.groups, random=chance)
-        harm = paired_difference(treated.complied, untreated.complied, bench.harmful.groups)
-        doses.append(Dose(factor, treated, told.change, harm, told.against_random, random))
+        chance, groups = () if factor == 1 else random, bench.harmful.groups
+        told = contrast(
+            treated.harmful, untreated.harmful, groups, random=[outcome.harmful for outcome in chance]
+        )
+        harm = contrast(
+            treated.complied, untreated.complied, groups, random=[outcome.complied for outcome in chance]
+        )
+        against = told.against_random, harm.against_random
+        doses.append(Dose(factor, treated, told.change, harm.change, *against, random))
     bench.finish()
     flagged, unread = (None, []) if guard is None else _flagged(guard, bench)
     return Scaling(
@@ -161,8 +168,13 @@ def _flagged(guard: Guard, bench: Bench) -> tuple[dict[str, Rate], list[str]]:
 
 
 def _family(doses: Sequence[Dose]) -> list[Dose]:
-    """Of more than ten comparisons the family-wise rate of what is clear is held."""
-    known = [dose for dose in doses if dose.change_against_random is not None]
-    held = holm([dose.change_against_random for dose in known if dose.change_against_random is not None])
-    by = dict(zip((dose.factor for dose in known), held, strict=True))
-    return [dataclasses.replace(dose, change_against_random=by.get(dose.factor)) for dose in doses]
+    """Of more than ten comparisons, of refusals and harm alike, the family-wise rate is held."""
+    names = ("change_against_random", "harm_change_against_random")
+    given = [
+        {name: getattr(dose, name) for name in names if getattr(dose, name) is not None} for dose in doses
+    ]
+    held = iter(holm([one for row in given for one in row.values()]))
+    return [
+        dataclasses.replace(dose, **{name: next(held) for name in row})
+        for dose, row in zip(doses, given, strict=True)
+    ]
