@@ -14,7 +14,7 @@ import report_runs
 from page_text import Outline
 from safety_neurons import analysis
 from safety_neurons.cli import console
-from safety_neurons.display import DISPLAYS, ReportedRun, part_of
+from safety_neurons.display import DISPLAYS, Displayed, ReportedRun, part_of
 from safety_neurons.display.analyses import overlap_findings
 from safety_neurons.display.defended import defences_findings
 from safety_neurons.display.found import neurons_table, ranking_table
@@ -280,6 +280,9 @@ def test_every_display_has_a_section_and_a_result_in_memory_shows_itself():
     assert examined.tables()[0].columns == ["check", "outcome", "measured", "allowed"]
     assert [finding.verdict for finding in examined.findings()] == ["fail"]
     assert list(examined.figures()) == []
+    assert repr(examined).splitlines() == ["Examination:", plain(examined.findings()[0].text)]
+    assert all(each.__repr__ is Displayed.__repr__ for each in Displayed.__subclasses__())
+    assert len(Displayed.__subclasses__()) > 8
     seen = Outline(examined._repr_html_())
     assert "x<script>" in seen.text
     assert "1 of the checks fail on <b>m</b> (a)" in seen.text

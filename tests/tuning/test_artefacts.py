@@ -140,6 +140,9 @@ def test_files_give_the_same_change_again(tmp_path: pathlib.Path) -> None:
     assert all(tensor.dtype == torch.float32 for tensor in again.tensors.values())
     assert again.base == delta.base != ""
     assert again.provenance.models == (model.name,)
+    assert repr(again).startswith(f"Delta({again.n_parameters:,} parameters of NeuronSet(")
+    assert len(repr(again).splitlines()) == 1
+    assert again != delta  # Which tensors are equal is not asked of a change as a whole.
     assert again.n_parameters == sum(tensor.numel() for tensor in delta.tensors.values())
 
 

@@ -166,6 +166,14 @@ class Displayed(abc.ABC):
     line.
     """
 
+    def __init_subclass__(cls) -> None:
+        """Every dataclass below prints what was found: one of its own would print all it holds."""
+        super().__init_subclass__()
+        cls.__repr__ = Displayed.__repr__  # type: ignore[method-assign]  # A dataclass keeps what is there.
+
+    def __repr__(self) -> str:
+        return "\n".join([f"{type(self).__name__}:", *(plain(said.text) for said in self.findings())])
+
     @property
     @abc.abstractmethod
     def verb(self) -> str:

@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from safety_neurons.counting import numbered
 from safety_neurons.errors import (
     MismatchError,
     NeuronError,
@@ -60,7 +61,7 @@ DELTA_FILE = "delta.safetensors"
 _MEMBERS, _TENSOR = "members/", "delta/"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Delta:
     """A trained change of some rows and columns.
 
@@ -91,6 +92,9 @@ class Delta:
                     f"{key}: a delta {list(self.tensors[key].shape)} arrived, {len(members)} on axis "
                     f"{axis} were expected"
                 )
+
+    def __repr__(self) -> str:
+        return f"Delta({numbered(self.n_parameters, 'parameter')} of {self.neurons})"
 
     @property
     def n_parameters(self) -> int:
