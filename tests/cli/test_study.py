@@ -76,6 +76,7 @@ def test_rsn_is_one_command_and_a_finished_one_stays(words, tiny_pair, tmp_path)
     first = command(*line, "--json")
     assert first.code == 0, first
     assert [arm["arm"] for arm in first.json["arms"]] == ["none", "SN-Tune", "RSN-Tune"]
+    judged_on_disk(tmp_path / "run")
     assert first.json["judge"] == "refusal"
     sets = {name: NeuronSet.load(path) for name, path in first.json["neurons"].items()}
     assert not len(sets["robust"] & sets["foundation"])
@@ -126,6 +127,13 @@ def interrupted(*_):
     raise KeyboardInterrupt
 
 
+def judged_on_disk(folder):
+    """Every answer to a harmful request is kept with what both judges say of it."""
+    answers = [one for one in Completions.load(folder / "completions.jsonl") if one.arm.endswith("/harmful")]
+    assert answers
+    assert {len(one.verdicts) for one in answers} == {2}
+
+
 def test_stress_is_one_command(words, tiny_pair, tmp_path):
     line = [
         "study",
@@ -147,11 +155,12 @@ def test_stress_is_one_command(words, tiny_pair, tmp_path):
     done = command(*line, "--attack", words[words.index("--mixed") + 1], "--json")
     assert done.code == 0, done
     assert len(done.json["curves"]) == 3 + 3 + 3 + 3 + 2 + 2 + 2
+    judged_on_disk(tmp_path / "run")
     again = command(*line, "--attack", words[words.index("--mixed") + 1])
     shown = again.out
     assert f"answers cut off at the limit of {done.json['max_new_tokens']} tokens" in again.err
-    assert "untuned cut off" in shown
-    assert "difference of harm" in shown
+    assert "judges, perplexity, answers cut off" in " ".join(shown.split())
+    assert {"harm_difference", "cut_off"} < done.json["curves"][0].keys()
     assert "harmful LoRA" in shown
     assert "abliteration, norms kept" in shown
 
@@ -189,6 +198,7 @@ def test_defences_are_one_command_with_a_figure(words, tiny_pair, tmp_path):
     done = command(*line, "--out", tmp_path / "run", "--json")
     assert done.code == 0, done
     assert [arm["arm"] for arm in done.json["arms"]] == ["none", "SN-Tune", "LoX"]
+    judged_on_disk(tmp_path / "run")
     assert pathlib.Path(done.json["figure"]).read_text(encoding="utf-8").startswith("<svg")
     shown = command(*line, "--out", tmp_path / "run").out
     assert "does best" in shown

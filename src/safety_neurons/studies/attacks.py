@@ -150,7 +150,9 @@ def stress(
 
     def work(state: str, tunings: SeedTunings) -> dict[str, Any]:
         say(f"{state}/{tunings.seed}")
-        return _Attacked(tunings, sets, attack, lab, state, say).curves()
+        found = _Attacked(tunings, sets, attack, lab, state, say).curves()
+        lab.finish()
+        return found
 
     for seed in plan.seeds:
         tunings = SeedTunings(model, plan, seed, cache, facts)

@@ -175,15 +175,17 @@ def defences(
                     works[f"{arm}/{seed}/{mixture}/{rate:g}"] = work
             for name, work in works.items():
                 done[name] = cache.cached(
-                    SeedOf("defences", name, facts), functools.partial(_told, say, name, work)
+                    SeedOf("defences", name, facts), functools.partial(_told, say, name, work, lab)
                 )
         tunings.finish()
     return defences_summary(done, sets, plan, grid, lab.shared)
 
 
-def _told(say: Progress, name: str, work: Any) -> Any:
+def _told(say: Progress, name: str, work: Any, lab: Lab) -> Any:
     say(name)
-    return work()
+    found = work()
+    lab.finish()
+    return found
 
 
 class _Made:

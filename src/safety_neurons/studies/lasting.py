@@ -357,7 +357,9 @@ def rsn(
     def work(arm: str, tunings: SeedTunings) -> dict[str, Any]:
         seed = tunings.seed
         (tell or (lambda _line: None))(f"{arm}/{seed}")
-        return _one(tunings, _members(sets, arm, seed), lab, arm, _known(done, arm, seed))
+        found = _one(tunings, _members(sets, arm, seed), lab, arm, _known(done, arm, seed))
+        lab.finish()  # What is kept of an arm is kept with its verdicts.
+        return found
 
     for seed in plan.seeds:
         tunings = SeedTunings(model, plan, seed, cache, facts)
