@@ -554,11 +554,13 @@ def measured(points: Sequence[Mapping[str, Any]], shared: Mapping[str, GroupLabe
     for name, prompts in MEASURES.items():
         column = [point.get(name, ()) for point in points]
         rates[name] = rate_over_seeds(column, shared.get(prompts)).to_json() if len(column[0]) else None
-    cut = [point.get("cut_off") for point in points]  # Seeds of an earlier version do not say.
+    cut = [
+        point["cut_off"] for point in points if "cut_off" in point
+    ]  # Seeds of an earlier version do not say.
     return {
         **rates,
         "perplexity": mean_of([point["perplexity"] for point in points]),
-        "cut_off": None if None in cut else sum(cut),
+        "cut_off": sum(cut) if len(cut) == len(points) else None,
     }
 
 

@@ -8,7 +8,7 @@ repetition and perplexity.
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Unpack
+from typing import Any, Unpack
 
 from safety_neurons.counting import numbered
 from safety_neurons.display import Displayed
@@ -170,11 +170,9 @@ def _flagged(guard: Guard, bench: Bench) -> tuple[dict[str, Rate], list[str]]:
 def _family(doses: Sequence[Dose]) -> list[Dose]:
     """Of more than ten comparisons, of refusals and harm alike, the family-wise rate is held."""
     names = ("change_against_random", "harm_change_against_random")
-    given = [
+    given: list[dict[str, Any]] = [
         {name: getattr(dose, name) for name in names if getattr(dose, name) is not None} for dose in doses
     ]
     held = iter(holm([one for row in given for one in row.values()]))
-    return [
-        dataclasses.replace(dose, **{name: next(held) for name in row})
-        for dose, row in zip(doses, given, strict=True)
-    ]
+    changes: list[dict[str, Any]] = [{name: next(held) for name in row} for row in given]
+    return [dataclasses.replace(dose, **row) for dose, row in zip(doses, changes, strict=True)]
