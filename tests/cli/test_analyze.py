@@ -198,13 +198,13 @@ def test_prompts_to_measure_on_are_read_before_anything_is_found(words, tiny_pai
         words / "test.en.jsonl",
         *common,
     ]
-    for option, given, said in [
-        ("--harmless", words / "missing.jsonl", "missing.jsonl"),
-        ("--tasks", "perplexityy", "'perplexityy'"),
-        ("--tasks", f"gsm8k:{words / 'missing'}", "missing"),
-        ("--answers", tiny_pair.harmless, "without an answer"),
+    for option, given, said, code in [
+        ("--harmless", words / "missing.jsonl", "missing.jsonl", 1),
+        ("--tasks", "wikitexts:a", "'wikitexts:a'", 2),
+        ("--tasks", f"gsm8k:{words / 'missing'}", "missing", 1),
+        ("--answers", tiny_pair.harmless, "without an answer", 1),
     ]:
-        assert said in refused(*line, option, given, "--out", tmp_path / "transfer")
+        assert said in refused(*line, option, given, "--out", tmp_path / "transfer", code=code)
     assert not list(tmp_path.glob("*/*.scores.safetensors"))
 
 

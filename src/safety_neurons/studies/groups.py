@@ -131,7 +131,6 @@ def find_by_group(
     sites: Sequence[str] | None = None,
     max_new_tokens: int | None = None,
     place: Place | None = None,
-    to_patch: bool = False,
     progress: Progress | None = None,
     notes: list[str] | None = None,
     **options: Any,
@@ -146,17 +145,18 @@ def find_by_group(
         max_new_tokens: length of completions, for methods that write some; None is what is usual for the
             models.
         place: where the scores of every group are kept, which a killed study takes up again.
-        to_patch: whether the sets are to be patched: what cannot be is refused before the search.
         progress: told every group.
         notes: gets what the searches had to say, with the group.
         **options: `method`, and otherwise the fields of `HowFound`: a feed-forward index or a `v` row with
-            its `o` columns counts as one unit; `batch_size`, prompts per pass.
+            its `o` columns counts as one unit; `batch_size`, prompts per pass; `to_patch`, whether the sets
+            are to be patched, so that what cannot be is refused before the search.
 
     Raises:
         UsageError: an unknown method, one that needs a pair, or a share that is none. UnsupportedModelError:
             the sets are to be patched, and neurons of routed experts would be scored.
     """
     batch_size: BatchSize = options.pop("batch_size", "auto")
+    to_patch: bool = options.pop("to_patch", False)
     how = HowFound.of(**options)
     how.check()
     method = by_name(how.method or "")
