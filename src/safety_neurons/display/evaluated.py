@@ -418,7 +418,7 @@ def tune_part(run: ReportedRun) -> DisplayPart:
         ]
         for each in result["checks"]
     ]
-    columns = ["step", "harmful refused", "harmless refused", "KL per token, nats"]
+    columns = ["step", "harmful refused", "harmless refused", "KL per token of the answers, nats"]
     details = (
         [Table("Checks while training, on prompts held out of the data", columns, checks)] if checks else []
     )

@@ -293,7 +293,7 @@ ARM_COLUMNS = (
     "harmful complied",
     "harmless refused",
     "perplexity",
-    "KL per token, nats",
+    "KL per token of the requests, nats",
     "cut off",
 )
 
