@@ -46,6 +46,7 @@ def rsn_run(tmp_path, sets, plan):
             points = {
                 when: {
                     "harmful": drawn(share, seed + 7 * place),
+                    "harmed": drawn(share / 2, seed + 7 * place),
                     "harmless": drawn(0.95, seed),
                     "task": drawn(0.8, seed),
                     "perplexity": 3.5,
