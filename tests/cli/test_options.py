@@ -101,6 +101,7 @@ def _nothing_is_loaded(monkeypatch, tmp_path):
         ),
         (["guard", "serve", *GUARDED, "--timeout", "0"], "--timeout 0.0: expected above 0"),
         (["guard", "serve", *GUARDED, "--fpr", "2"], "--fpr 2.0: expected above 0 and below 1"),
+        (["guard", "serve", *GUARDED, "--pass-field", "seed"], "--pass-field without --upstream"),
         (["guard", "serve", *GUARDED, "--threshold=-1"], "Invalid value for '--threshold'"),
     ],
     ids=lambda value: " ".join(value[-2:]) if isinstance(value, list) else "",

@@ -753,6 +753,12 @@ LIMITS = {
 class Served(Limited, Guarding, Listening, Behind):
     """Everything that decides how a guard is served; the last base has the first options."""
 
+    def check(self) -> None:
+        """Also that what is handed on has somebody to go to."""
+        super().check()
+        if self.pass_field and self.upstream is None:
+            raise UsageError("--pass-field without --upstream; expected a server that the field is handed to")
+
 
 @verb("guard serve")
 def serve(session: Session, served: Served) -> None:

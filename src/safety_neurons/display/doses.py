@@ -76,7 +76,7 @@ def _table(result: Mapping[str, Any]) -> Table:
         if random:
             quiet.append(len(rows))
             cells = [spread(_known(random, key)) for key in MEASURES]
-            rows.append([f"{dose['factor']:g}, {plural(len(random), 'random set')}", *cells, NONE])
+            rows.append([f"{dose['factor']:g} ({plural(len(random), 'random set')})", *cells, NONE])
     columns = [
         "factor",
         "harmful refused",
