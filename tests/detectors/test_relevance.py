@@ -8,11 +8,11 @@ from twins import PROMPTS, adapted, untouched
 from exact64 import Exact64
 from families import FAMILIES, HYBRID_FAMILIES, MOE_FAMILIES, build, random_ids
 from safety_neurons.detectors import find_relp, relevance
-from safety_neurons.detectors.attribution import ScoredRow, frozen, mask_gradients, score_rows
+from safety_neurons.detectors.attribution import ScoredRow, mask_gradients, score_rows
 from safety_neurons.detectors.relevance import feed_forward_parts, norms_of, propagating, slope_at_zero
 from safety_neurons.errors import UnsupportedModelError, UsageError
 from safety_neurons.model import LanguageModel
-from safety_neurons.model.batches import Batch, collate, forward
+from safety_neurons.model.batches import Batch, collate, forward, frozen
 from safety_neurons.model.hooks import around
 from tiny import tiny_llama, tiny_tokenizer
 

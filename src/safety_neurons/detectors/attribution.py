@@ -6,8 +6,7 @@ m·(donor − a)` towards a donor, and the derivative of the score with respect 
 is the first-order effect of that neuron.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from safety_neurons.counting import numbered
 from safety_neurons.detectors.methods import Attribution, AttributionPatching, ExplainedTexts
@@ -25,7 +24,7 @@ from safety_neurons.detectors.runner import BatchSums, Folded, PromptCounts, Run
 from safety_neurons.detectors.text import generate
 from safety_neurons.errors import InputError, NumericalError
 from safety_neurons.model import LanguageModel, hooks
-from safety_neurons.model.batches import Batch, collate, forward
+from safety_neurons.model.batches import Batch, collate, forward, frozen
 from safety_neurons.model.sites import ExpertRows
 from safety_neurons.neurons.scores import number_of
 
@@ -307,19 +306,6 @@ class PathMean:
             f"(mean over {len(self.taken)} batches): the last pair changed at most {self.settle:.2g} of a "
             f"batch's {self.n_top:,} neurons (settle)"
         ]
-
-
-@contextlib.contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter requires gradients for a block; each is as it was afterwards."""
-    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in wanted:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in wanted:
-            parameter.requires_grad_(True)
 
 
 def midpoints_of(number: int) -> list[float]:

@@ -21,7 +21,7 @@ from safety_neurons.detectors.activity import (
     statistics_of,
     whole_rows,
 )
-from safety_neurons.detectors.attribution import SCORED_TOKENS, ScoredRow, frozen, score_rows
+from safety_neurons.detectors.attribution import SCORED_TOKENS, ScoredRow, score_rows
 from safety_neurons.detectors.methods import (
     ActivationMagnitude,
     Ranked,
@@ -44,7 +44,7 @@ from safety_neurons.detectors.runner import (
 from safety_neurons.detectors.text import generate, texts
 from safety_neurons.errors import InputError, NumericalError, UnsupportedModelError, UsageError
 from safety_neurons.model import LanguageModel
-from safety_neurons.model.batches import Batch, forward
+from safety_neurons.model.batches import Batch, forward, frozen
 from safety_neurons.model.hooks import around, refuse_compiled, skipped
 from safety_neurons.model.sites import AttentionAnatomy, SitePlace, take
 from safety_neurons.neurons import MLP_SITES, SITES, NeuronSet, SiteTable, parse_key

@@ -17,7 +17,6 @@ from safety_neurons.detectors.attribution import (
     PathMean,
     ScoredRow,
     attribute,
-    frozen,
     midpoints_of,
     own_completions,
     score_rows,
@@ -32,7 +31,7 @@ from safety_neurons.detectors.text import Span, texts_of
 from safety_neurons.errors import UnsupportedModelError
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.attention import AttentionPlan, AttentionStates
-from safety_neurons.model.batches import Batch, forward
+from safety_neurons.model.batches import Batch, forward, frozen
 from safety_neurons.model.hooks import around
 from safety_neurons.model.sites import AttentionAnatomy, LayerAnatomy, MlpAnatomy, SitePlace
 from safety_neurons.neurons import ATTENTION_SITES, MLP_SITES, parse_key

@@ -3,6 +3,7 @@
 And optimizer steps over them.
 """
 
+import contextlib
 import gc
 import inspect
 import math
@@ -388,6 +389,19 @@ def has_hooks(module: nn.Module) -> bool:
 
 IGNORED = -100
 """Label of a token that carries no loss."""
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter requires gradients for a block; each is as it was afterwards."""
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
 
 
 class Descended(NamedTuple):

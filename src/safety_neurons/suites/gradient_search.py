@@ -5,19 +5,18 @@ again. So a changed suffix is always written as text, the whole prompt is encode
 may be changed next are looked up in the result.
 """
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from safety_neurons.errors import InputError, ModelError, UsageError
 from safety_neurons.model import BatchSize, LanguageModel, forward, hooks, run_batches
-from safety_neurons.model.batches import Batch, collate
+from safety_neurons.model.batches import Batch, collate, frozen
 from safety_neurons.model.likelihood import widened
 from safety_neurons.model.passes import in_order
 from safety_neurons.prompt_lists import Prompt, Prompts
@@ -394,7 +393,7 @@ class _Hunt:
             outputs.append(output.detach().requires_grad_())
             return outputs[-1]
 
-        with _frozen(lm.model), lm.running(), torch.enable_grad(), hooks.around(embedding, after=leave):
+        with frozen(lm.model), lm.running(), torch.enable_grad(), hooks.around(embedding, after=leave):
             logits = forward(lm.model, batch, with_logits=True)
             if logits is None or not outputs:
                 raise ModelError(
@@ -490,16 +489,3 @@ def _target_ids(lm: LanguageModel, prompt: Prompt, target: str) -> tuple[int, ..
     if not ids:
         raise UsageError(f"target {target!r}: has no tokens; expected the beginning of an answer")
     return ids
-
-
-@contextlib.contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter requires gradients for a block; each is as it was afterwards."""
-    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in wanted:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in wanted:
-            parameter.requires_grad_(True)
