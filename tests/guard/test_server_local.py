@@ -126,6 +126,22 @@ def test_what_is_flagged_is_refused_beside_others_that_are_answered(client, lm):
     assert {answer.finish_reason for answer in answers[1::2]} == {"content_filter"}
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_refusal_counts_the_tokens_of_the_prompt_that_was_read(client, lm, n, stream):
+    options = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+    said = client.chat.completions.create(model="tiny", messages=ask(UNSAFE[0]), n=n, **options)
+    usage = list(said)[-1].usage if stream else said.usage
+    assert (usage.prompt_tokens, usage.completion_tokens) == (len(lm.encode(UNSAFE[:1])[0].ids), 0)
+
+
+def test_a_refusal_for_one_turn_counts_the_longest_reading_that_was_made(client, lm):
+    turns = [*ask(UNSAFE[0]), {"role": "assistant", "content": "no"}, *ask(SAFE[0])]
+    said = client.chat.completions.create(model="tiny", messages=turns)
+    assert said.choices[0].finish_reason == "content_filter"
+    assert said.usage.prompt_tokens == max(len(one.ids) for one in lm.encode([UNSAFE[0], "no", SAFE[0]]))
+
+
 def test_a_stream_says_the_same_as_a_whole_answer(client):
     whole = client.chat.completions.create(model="tiny", messages=ask(SAFE[0]), max_tokens=15)
     options = {"stream": True, "stream_options": {"include_usage": True}}
@@ -190,6 +206,9 @@ def test_a_prompt_beyond_the_context_is_refused(served):
     long = " ".join(["cake"] * 400)
     said = httpx.post(f"{served}/v1/chat/completions", json={"model": "tiny", "messages": ask(long)})
     assert (said.status_code, said.json()["error"]["code"]) == (400, "context_length_exceeded")
+    assert said.json()["error"]["message"] == (
+        "the prompt has more tokens than fit the guard's model; expected at most 127"
+    )
     judged = httpx.post(f"{served}/v1/moderations", json={"input": long}).json()["results"][0]
     assert judged["flagged"]
     assert judged["guard"]["status"] == "truncated"

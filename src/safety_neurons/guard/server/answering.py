@@ -116,7 +116,7 @@ class UnderWay:
                 )
             if isinstance(event, Admission) and event.held:
                 yield index, Piece(refusal)
-                event = Ended("content_filter")
+                event = Ended("content_filter", event.verdict.n_tokens or 0)
             if isinstance(event, (Piece, Ended)):
                 yield index, event
             if isinstance(event, Ended):
@@ -227,14 +227,20 @@ class Answerer:
     def _held(self, exchange: Exchange, outcomes: Sequence[Outcome]) -> Response:
         """A refusal in the place of every answer."""
         self._check_held(exchange, outcomes)
-        refused = [Answered(self.settings.refusal, "content_filter") for _ in range(exchange.choices)]
-        envelope = exchange.envelope
+        # An upstream, whose tokens are counted, was asked nothing.
+        read = [0 if self.upstream else outcome.tokens for outcome in outcomes for _ in range(exchange.n)]
+        refused = [self._refused(tokens) for tokens in read]
+        envelope, spent = exchange.envelope, _spent(exchange, refused)
         if not exchange.request.stream:
-            return JSONResponse(envelope.whole(refused, Spent()))
+            return JSONResponse(envelope.whole(refused, spent))
         parts = [envelope.opening()]
         for index, one in enumerate(refused):
             parts += [envelope.piece(index, one.text), envelope.closing(index, one)]
-        return Streamed(_each([*parts, envelope.ending(Spent())]), kind=STREAM)
+        return Streamed(_each([*parts, envelope.ending(spent)]), kind=STREAM)
+
+    def _refused(self, tokens: int) -> Answered:
+        """A refusal of a prompt of so many tokens."""
+        return Answered(self.settings.refusal, "content_filter", tokens)
 
     async def _local(self, exchange: Exchange) -> Response:
         """Answers of the local model where nothing is flagged.
@@ -260,7 +266,7 @@ class Answerer:
             if all(outcome.held for outcome in outcomes):
                 return self._held(exchange, outcomes)
             self._check_held(exchange, outcomes)
-            held = [outcome.held for outcome in outcomes for _ in range(exchange.n)]
+            held = [outcome if outcome.held else None for outcome in outcomes for _ in range(exchange.n)]
             written = UnderWay(self.gate.engine, self._wanted(exchange, decodes, held))
             return await self._given(exchange, written, held)
         started = time.perf_counter()
@@ -282,10 +288,10 @@ class Answerer:
         except BaseException:
             written.give_up()
             raise
-        return await self._given(exchange, written, [False])
+        return await self._given(exchange, written, [None])
 
     def _wanted(
-        self, exchange: Exchange, decodes: Sequence[Decode], held: Sequence[bool]
+        self, exchange: Exchange, decodes: Sequence[Decode], held: Sequence[Outcome | None]
     ) -> Iterable[tuple[int, Prompt, Decode]]:
         """The choices that are written, each with a seed of its own; the first one of a prompt has the
         request's.
@@ -294,7 +300,7 @@ class Answerer:
             for choice in range(exchange.n):
                 index = place * exchange.n + choice
                 seed = None if decode.seed is None else decode.seed + choice
-                if not held[index]:
+                if held[index] is None:
                     yield index, ways[0].prompt, dataclasses.replace(decode, seed=seed)
 
     async def _first(self, written: UnderWay) -> Any:
@@ -311,7 +317,7 @@ class Answerer:
             raise problem or unfinished("error")
         return first
 
-    async def _given(self, exchange: Exchange, written: UnderWay, held: Sequence[bool]) -> Response:
+    async def _given(self, exchange: Exchange, written: UnderWay, held: Sequence[Outcome | None]) -> Response:
         """What is written, whole or as it comes, and refusals for choices that are held."""
         if exchange.request.stream:
             return Streamed(self._streamed(exchange, written, held), kind=STREAM)
@@ -327,13 +333,13 @@ class Answerer:
         return JSONResponse(exchange.envelope.whole(answers, _spent(exchange, answers)))
 
     async def _streamed(
-        self, exchange: Exchange, written: UnderWay, held: Sequence[bool]
+        self, exchange: Exchange, written: UnderWay, held: Sequence[Outcome | None]
     ) -> AsyncGenerator[bytes, None]:
         envelope, answers = exchange.envelope, self._started(held)
         try:
             yield envelope.opening()
             for index, answer in enumerate(answers):
-                if held[index]:
+                if held[index] is not None:
                     yield envelope.piece(index, answer.text) + envelope.closing(index, answer)
             async for index, event in written.pieces(self.settings.refusal):
                 _take(answers[index], event)
@@ -356,9 +362,8 @@ class Answerer:
             self.gate.metrics.flagged_answers.labels(exchange.route.path).inc(flagged)
             exchange.noted["flagged_answers"] = flagged
 
-    def _started(self, held: Sequence[bool]) -> list[Answered]:
-        refused = self.settings.refusal
-        return [Answered(refused, "content_filter") if one else Answered() for one in held]
+    def _started(self, held: Sequence[Outcome | None]) -> list[Answered]:
+        return [Answered() if one is None else self._refused(one.tokens) for one in held]
 
 
 def _take(answer: Answered, event: Piece | Ended) -> None:

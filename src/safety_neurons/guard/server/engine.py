@@ -498,6 +498,8 @@ class Outcome:
         held: Whether the caller has to hold it back: flagged, and not in shadow mode.
         distance: How far the prompt is from those of the fit; None where that is not known.
         reading: Which reading of the request it is about.
+        tokens: Of that reading that the model was fed; of a request, of the whole, or else of its longest
+            reading. 0 where none was read.
     """
 
     status: str
@@ -507,6 +509,7 @@ class Outcome:
     held: bool
     distance: float | None = None
     reading: str = WHOLE
+    tokens: int = 0
 
     @property
     def record(self) -> dict[str, Any]:
@@ -608,7 +611,12 @@ class VerdictGate:
 
     def settled(self, found: Sequence[Sequence[Outcome]], route: str, noted: dict[str, Any]) -> list[Outcome]:
         """One outcome for each request, from those of its readings that decide, counted once."""
-        outcomes = [largest(counting(outcomes, reads_ends=self.reads_ends)) for outcomes in found]
+        outcomes = [
+            dataclasses.replace(
+                largest(counting(several, reads_ends=self.reads_ends)), tokens=_tokens_of(several)
+            )
+            for several in found
+        ]
         for outcome in outcomes:
             self.metrics.seen(outcome.p_unsafe, outcome.distance)
             if outcome.status != "ok":
@@ -626,8 +634,9 @@ class VerdictGate:
         Raises:
             Problem: 400.
         """
-        if any(outcome.status == "truncated" and outcome.held for outcome in outcomes):
-            raise too_long(None, None)
+        for outcome in outcomes:
+            if outcome.status == "truncated" and outcome.held:
+                raise too_long(None, outcome.tokens - (self.engine.writer is not None))  # room for an answer
 
 
 def _key(prompt: Prompt) -> bytes:
@@ -650,7 +659,16 @@ def outcome_of(verdict: Any, settings: Settings) -> Outcome:
         flagged = score >= threshold
     elif status != "ok":
         flagged = not settings.fail_open
-    return Outcome(status, score, threshold, flagged, flagged and not settings.shadow, distance)
+    tokens = getattr(verdict, "n_tokens", None) or 0
+    return Outcome(
+        status, score, threshold, flagged, flagged and not settings.shadow, distance, tokens=tokens
+    )
+
+
+def _tokens_of(readings: Sequence[Outcome]) -> int:
+    """Tokens of the whole of a request, or of its longest reading where the whole was not read."""
+    whole = (one.tokens for one in readings if one.reading == WHOLE)
+    return next(whole, max(one.tokens for one in readings))
 
 
 def summary(outcomes: Sequence[Outcome]) -> Mapping[str, Any]:

@@ -116,12 +116,11 @@ def too_many_characters(found: int, limit: int) -> Problem:
     return Problem(400, message, "context_length_exceeded", param="messages")
 
 
-def too_long(tokens: int | None, limit: int | None) -> Problem:
-    """A prompt with more tokens than are taken."""
+def too_long(tokens: int | None, limit: int) -> Problem:
+    """A prompt with more tokens than are taken; how many it has may not be known."""
     found = f"{tokens} tokens" if tokens is not None else "more tokens than fit the guard's model"
-    expected = f"at most {limit}" if limit is not None else "a shorter one"
     return Problem(
-        400, f"the prompt has {found}; expected {expected}", "context_length_exceeded", param="messages"
+        400, f"the prompt has {found}; expected at most {limit}", "context_length_exceeded", param="messages"
     )
 
 
