@@ -60,6 +60,13 @@ class Encoded:
     thinking: bool = False
 
 
+def context_of(config: Any, tokenizer: Any) -> int | None:
+    """Tokens that fit the context; None where neither configuration nor tokenizer sets a limit."""
+    named = (getattr(config, name, None) for name in ("max_position_embeddings", "seq_length"))
+    limit = next(filter(None, named), None) or getattr(tokenizer, "model_max_length", None)
+    return int(limit) if limit and limit < 10**9 else None
+
+
 class LanguageModel:
     """A model already in memory (plain, PEFT or quantised), its tokenizer, and how prompts are put to it.
 
@@ -179,11 +186,7 @@ class LanguageModel:
     @property
     def max_length(self) -> int | None:
         """Tokens that fit the context; None where neither model nor tokenizer sets a limit."""
-        limit = getattr(self.config, "max_position_embeddings", None) or getattr(
-            self.config, "seq_length", None
-        )
-        limit = limit or getattr(self.tokenizer, "model_max_length", None)
-        return int(limit) if limit and limit < 10**9 else None
+        return context_of(self.config, self.tokenizer)
 
     @property
     def n_ids(self) -> int:
@@ -585,6 +588,8 @@ def generate(
     answers: dict[int, Answer] = {}
     widths = list(map(len, prompts))
     wanted = [[index for index in group if index not in skipped] for group in groups]
+    if decoding.sample:  # Draws depend on the batch: one of which a part is there is drawn whole again.
+        wanted = [group if left else [] for group, left in zip(groups, wanted, strict=True)]
 
     def work(rows: Rows) -> dict[int, Answer]:
         written = _generate_rows(lm, prompts, rows, decoding)
@@ -594,8 +599,9 @@ def generate(
     left = [number for number, group in enumerate(wanted) if group]
     for parts in halving.over(left, lambda number: Rows(widths, wanted[number], number), work):
         for part in parts:
-            answers.update(part)
-            for index, answer in part.items():
+            new = {index: answer for index, answer in part.items() if index not in skipped}
+            answers.update(new)
+            for index, answer in new.items():
                 tokens += len(answer.token_ids)
                 if answered is not None:
                     answered(index, answer)
