@@ -3,13 +3,16 @@ clock of the test's own.
 """
 
 import inspect
+import os
+import pickle
+import warnings
 
 import numpy as np
 import pytest
 import twins
 
 import safety_neurons as sn
-from safety_neurons.model import LanguageModel
+from safety_neurons.model import LanguageModel, ranks
 from safety_neurons.prompt_lists import Prompts
 from safety_neurons.results import Checkpoint
 
@@ -143,6 +146,50 @@ def test_a_kill_costs_at_most_ten_seconds(pair, machine, name, tmp_path):
         for key, scores in whole.scores.items():
             np.testing.assert_array_equal(again.scores[key], scores)
         path.unlink()
+
+
+SETTLING = {
+    name: lambda base, aligned, name=name, **kept: getattr(sn, f"find_{name}")(
+        base, aligned, PROMPTS, settle=0.9, top=0.3, **kept
+    )
+    for name in ("attribution_patching", "swap_attribution")
+}
+
+
+def by_turns(numbers, work):
+    """`ranks.shared` where every second piece of work is done by another process."""
+    for number in numbers:
+        if number % 2 == 0:
+            yield work(number)
+            continue
+        read, write = os.pipe()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child = os.fork()
+        if not child:
+            try:
+                with os.fdopen(write, "wb") as pipe:
+                    pickle.dump(work(number), pipe)
+            finally:
+                os._exit(0)
+        os.close(write)
+        with os.fdopen(read, "rb") as pipe:
+            done = pickle.load(pipe)
+        os.waitpid(child, 0)
+        yield done
+
+
+@pytest.mark.parametrize("name", [*FINDERS, *(f"{name}, settling" for name in SETTLING)])
+def test_what_a_process_leaves_of_its_share_is_in_what_it_gives(pair, name, monkeypatch):
+    """Notes too: in each process they are of all batches."""
+    find = SETTLING[name.partition(",")[0]] if name.endswith("settling") else FINDERS[name]
+    whole = find(*pair, batch_size=1)
+    monkeypatch.setattr(ranks, "shared", by_turns)
+    found = find(*pair, batch_size=1)
+    assert (found.neurons, found.prompts, found.notes) == (whole.neurons, whole.prompts, whole.notes)
+    for key, scores in whole.scores.items():
+        np.testing.assert_array_equal(found.scores[key], scores)
+    assert not name.endswith("settling") or "points of the path were taken" in " ".join(found.notes)
 
 
 def test_saving_takes_at_most_a_tenth_of_the_time(tmp_path):

@@ -8,7 +8,7 @@ is the first-order effect of that neuron.
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -191,6 +191,7 @@ def attribute(
     lm: LanguageModel,
     units: Sequence[Sequence[ScoredRow]],
     gradients: Callable[[Batch, Sequence[ScoredRow]], dict[str, Tensor]],
+    path: "PathMean | None" = None,
 ) -> tuple[dict[str, np.ndarray], Folded]:
     """Mean over prompts of the summed gradients of each prompt's rows; with an agreement, every prompt votes.
 
@@ -199,6 +200,7 @@ def attribute(
         lm: model to differentiate.
         units: the scored rows of each prompt.
         gradients: rows in a batch to one gradient per row and neuron.
+        path: along which they are means; says afterwards how many of its points were taken.
 
     Returns:
         One signed number per neuron, and what became of the prompts (with their votes, where they vote).
@@ -211,6 +213,8 @@ def attribute(
             collate([row.ids for row in rows], range(len(rows)), pad_id=lm.pad_id).to(lm.device), rows
         )
         added = BatchSums(scores=[{} for _ in batch.indices])
+        if path is not None and path.settle:
+            added.sums[TAKEN] = np.array([path.taken, 1.0])
         for key, values in slopes.items():
             summed = torch.zeros(
                 len(batch.indices), values.shape[1], dtype=torch.float64, device=values.device
@@ -225,6 +229,8 @@ def attribute(
     budget = max(TOKEN_BUDGET // max(len(unit) for unit in units), 1)
     folded = run.fold(longest, reduce, lm, budget)
     used = len(units) - len(folded.failed)
+    if path is not None:
+        run.notes += path.said(folded.sums.pop(TAKEN, None))
     return {name.split("/", 1)[1]: values / used for name, values in folded.sums.items()}, folded
 
 
@@ -233,6 +239,8 @@ def mean_of(gradients: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {key: torch.stack([step[key] for step in gradients]).mean(0) for key in gradients[0]}
 
 
+TAKEN = "taken"
+"""Among the sums: points of the path that batches took, and batches."""
 GAUSS = (1 - 3**-0.5) / 2
 """Where the first of the two points lies that integrate a cubic from 0 to 1 exactly."""
 
@@ -262,13 +270,13 @@ class PathMean:
         points: values of the mask.
         settle: share of the set.
         n_top: neurons of the set.
-        taken: how many points every batch took.
+        taken: how many points the last batch took.
     """
 
     points: Sequence[float]
     settle: float = 0.0
     n_top: int = 0
-    taken: list[int] = field(default_factory=list)
+    taken: int = 0
 
     @staticmethod
     def of(run: Run, points: Sequence[float]) -> "PathMean":
@@ -276,7 +284,7 @@ class PathMean:
         n_neurons, chosen = sum(run.sizes.values()), run.selection
         n_top = number_of(chosen.top, n_neurons) if chosen.top is not None else int(chosen.count or 0)
         settle = 0.0 if run.votes else float(getattr(run.method, "settle", 0.0))
-        return PathMean(points, settle if n_top else 0.0, n_top, run.stream.state.setdefault("points", []))
+        return PathMean(points, settle if n_top else 0.0, n_top)
 
     def mean(self, at: Callable[[float], Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Mean of what `at` gives at the points, per site key."""
@@ -290,20 +298,21 @@ class PathMean:
             if before is not None and len(now - before) <= self.settle * self.n_top:
                 break
             before = now
-        self.taken.append(len(seen))
+        self.taken = len(seen)
         return mean_of(seen)
 
     def _top(self, slopes: Mapping[str, Tensor]) -> set[int]:
         whole = torch.cat([values.sum(0).double().cpu() for values in slopes.values()])
         return set(whole.topk(min(self.n_top, len(whole))).indices.tolist())
 
-    def said(self) -> list[str]:
-        """That points were left out, and by which rule."""
-        if not self.taken or sum(self.taken) == len(self.taken) * len(self.points):
+    def said(self, sums: Float[np.ndarray, " 2"] | None) -> list[str]:
+        """That points were left out, and by which rule, from the points that all batches took."""
+        if sums is None or sums[0] == sums[1] * len(self.points):
             return []
+        taken, batches = sums.tolist()
         return [
-            f"{sum(self.taken) / len(self.taken):.1f} of {len(self.points)} points of the path were taken "
-            f"(mean over {len(self.taken)} batches): the last pair changed at most {self.settle:.2g} of a "
+            f"{taken / batches:.1f} of {len(self.points)} points of the path were taken "
+            f"(mean over {batches:.0f} batches): the last pair changed at most {self.settle:.2g} of a "
             f"batch's {self.n_top:,} neurons (settle)"
         ]
 
@@ -356,10 +365,8 @@ def score_patching(method: AttributionPatching, run: Run) -> Scored:
     """What patching each neuron would do to the score, to first order."""
     units, counts = own_completions(run)
     path = PathMean.of(run, steps(method.at, method.midpoints))
-    values, folded = attribute(
-        run, run.base, units, patching_gradients(run.base, run.aligned, run.sizes, path.mean)
-    )
-    run.notes += path.said()
+    gradients = patching_gradients(run.base, run.aligned, run.sizes, path.mean)
+    values, folded = attribute(run, run.base, units, gradients, path)
     return Scored(values, counts.without(len(folded.failed)), folded.votes)
 
 

@@ -472,8 +472,7 @@ def score_swap_attribution(_: SwapAttribution | ImportanceContrast, run: Run) ->
     def gradients(batch: Batch, rows: Sequence[ScoredRow]) -> dict[str, Tensor]:
         return swap.gradients(batch, rows, path.mean)
 
-    values, folded = attribute(run, run.aligned, [[contested(rows)] for rows in units], gradients)
-    run.notes += path.said()
+    values, folded = attribute(run, run.aligned, [[contested(rows)] for rows in units], gradients, path)
     return Scored(values, counts.without(len(folded.failed)), folded.votes)
 
 
