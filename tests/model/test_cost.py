@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Callable, Iterator
 
 import pytest
+import transformers
 
 from families import build
 from safety_neurons.errors import ModelError, UnsupportedModelError
@@ -263,3 +264,18 @@ def test_a_folder_without_a_configuration_is_one_line(tmp_path: pathlib.Path) ->
     with pytest.raises(ModelError, match="describes no causal language model") as error:
         outlines([tmp_path])
     assert "\n" not in str(error.value)
+
+
+def test_a_plan_counts_the_files_that_are_read_alone(tmp_path: pathlib.Path) -> None:
+    folder = tiny_llama_folder(tmp_path / "model")
+    whole = folder / "model.safetensors"
+    (folder / "consolidated.safetensors").write_bytes(whole.read_bytes())  # As in folders of Mistral.
+    assert outlines([folder])[0][0].weights_bytes == whole.stat().st_size
+
+
+@pytest.mark.parametrize("named", [{"seq_length": 12}, {}])
+def test_a_plan_cuts_prompts_where_a_run_does(named: dict[str, int]) -> None:
+    lm = LanguageModel(tiny_llama(), tiny_tokenizer(CHAT_TEMPLATE))
+    lm.tokenizer.model_max_length = 20
+    lm.model.config = transformers.PretrainedConfig(**named)
+    assert Outline.of(lm).max_length == lm.max_length == named.get("seq_length", 20)

@@ -364,6 +364,8 @@ def _evaluate(planner: Planner) -> "list[Work]":
     arms = (alone + treated or 1) * options["samples"] * len(listed(options["attack"]) or (1,))
     if options["capability"]:
         planner.notes.append(f"capability tasks ({options['capability']}) come on top of the time")
+    if "gcg" in options["attack"]:
+        planner.notes.append(f"making attacks ({options['attack']}) comes on top of the time")
     return [
         planner.read(
             f"answers in {arms:g} arms",
@@ -385,6 +387,8 @@ def _tune(planner: Planner) -> "list[Work]":
     examples = tuple(min(longest, length + 32) for length in (*data, *harmless, *general))
     if options["max_steps"]:
         examples = examples[: options["max_steps"] * 8 * options["accumulate"]]
+    if not options["no_check"]:
+        planner.notes.append("checks while training come on top of the time, and may end it early")
     return [
         planner.asked(2, "test_harmful", "test_harmless", limit=None),
         planner.measured(2),
@@ -416,6 +420,9 @@ def _guard_evaluate(planner: Planner) -> "list[Work]":
         for name, reads in planner.session.reads.items()
         if reads.kind == "prompts" and planner.options[name] not in (None, *reads.words)
     ]
+    planner.notes.append(
+        "what a guard is compared with, perturbed requests and answers come on top of the time"
+    )
     return [planner.read("requests", planner.lengths(*names))]
 
 

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from safety_neurons.errors import InputError
+from safety_neurons.errors import InputError, ModelError
 from safety_neurons.model.anatomy import resolve
-from safety_neurons.model.language_model import LanguageModel
+from safety_neurons.model.files import weight_files
+from safety_neurons.model.language_model import LanguageModel, context_of
 from safety_neurons.model.loading import without_weights
 from safety_neurons.model.placement import Placement
 from safety_neurons.model.sites import Anatomy, LayerAnatomy, count_parameters, unwrapped
@@ -117,8 +118,7 @@ class Outline:
     @property
     def max_length(self) -> int | None:
         """Tokens of the context; None where no limit is told."""
-        limit = getattr(self.config, "max_position_embeddings", None)
-        return int(limit) if limit else None
+        return context_of(self.config, self.tokenizer)
 
     @functools.cached_property
     def idle_parameters(self) -> int:
@@ -243,7 +243,7 @@ def _outline(folder: Path, read: tuple[nn.Module, Any, list[str]], options: Mapp
     )
     dtype = _name_of(options.get("dtype")) or kept or "float32"
     own = getattr(config, "quantization_config", None)
-    stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    stored = _stored(folder)
     if own and not stored:
         notes.append(f"{folder.name} is quantised by rules of its own: its weights are counted as {dtype}")
     prompting: Any = {name: options[name] for name in Prompting.__annotations__ if options.get(name)}
@@ -263,6 +263,14 @@ def _outline(folder: Path, read: tuple[nn.Module, Any, list[str]], options: Mapp
         tokenizer_bytes=TOKENIZER * words.stat().st_size if device.type == "cpu" and words.is_file() else 0,
         notes=notes,
     )
+
+
+def _stored(folder: Path) -> int:
+    """Bytes of the files that weights are read from; 0 where these are not there, or not whole."""
+    try:
+        return sum(file.stat().st_size for file in weight_files(folder))
+    except ModelError:
+        return 0
 
 
 def _name_of(dtype: Any) -> str:
