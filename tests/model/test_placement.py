@@ -205,3 +205,13 @@ def test_a_model_in_fewer_bits_is_another_one_with_the_same_sites(
         assert small.complete(PROMPTS, max_new_tokens=4) == answers
     with deactivated(small, NeuronSet.all(small.table)):
         assert small.complete(PROMPTS, max_new_tokens=4) != answers
+
+
+def test_sizes_that_a_processor_cannot_multiply_in_four_bits_are_refused_as_they_are_loaded(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    narrow = tiny_llama_folder(tmp_path / "narrow")
+    with pytest.raises(ModelError, match=r"q_proj is 32 × 32, and .* only in multiples of 32 × 64; .* 8bit"):
+        load(narrow, quantize="4bit")

@@ -133,3 +133,28 @@ def _scales(state: Any) -> Tensor:
     if state.nested:
         return functional.dequantize_blockwise(state.absmax, state.state2).float() + state.offset
     return state.absmax.float()
+
+
+_ROWS = 32
+"""Of which bitsandbytes packs so many at a time for the products of a processor."""
+
+
+def refuse_unpackable(model: nn.Module) -> None:
+    """Refuse a model with weights in 4 bits whose sizes bitsandbytes cannot put into the order of this
+    processor's products, which it does in the first pass.
+
+    Raises:
+        ModelError: names the first of them.
+    """
+    for name, module in model.named_modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        packs = getattr(module, "support_avx512bf16_for_cpu", False)
+        if state is None or not packs or next(module.parameters()).device.type != "cpu":
+            continue
+        rows, columns = state.shape
+        if rows % _ROWS or columns % state.blocksize:
+            raise ModelError(
+                f"{name} is {rows} × {columns}, and bitsandbytes multiplies weights in 4 bits on this "
+                f"processor only in multiples of {_ROWS} × {state.blocksize}; "
+                "expected --quantize 8bit, or a GPU"
+            )

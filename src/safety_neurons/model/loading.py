@@ -23,6 +23,7 @@ from safety_neurons.model.adapters import (
     resized_rows,
     resized_vocabulary,
 )
+from safety_neurons.model.fewer_bits import refuse_unpackable
 from safety_neurons.model.files import (
     ORGANISM,
     Weights,
@@ -456,6 +457,7 @@ def _base(
             f"{folder}: cannot be loaded as {what} ({_said(error)}); {_advice(error, _WHOLE)}"
         ) from error
     model, info = loaded
+    refuse_unpackable(model)
     if model.dtype is torch.float64 and _experts_of(model) == "grouped_mm":
         model.set_experts_implementation("batched_mm")  # the grouped product takes no float64
     part = model if causal and model.config.model_type != config.get("model_type") else None
