@@ -11,7 +11,7 @@ from safety_neurons.model import LanguageModel, token_divergences, token_losses
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.prompt_lists import Prompts
 from safety_neurons.results import Rate
-from safety_neurons.tuning import attach
+from safety_neurons.tuning import attach, stopping
 from safety_neurons.tuning.stopping import (
     DRIFT,
     GOING_ON,
@@ -202,3 +202,20 @@ def test_a_number_as_rate_leaves_the_anchor_as_it_is_whatever_is_refused():
     region = TrustRegion.of(judge.check, 4.0, adapts=False)
     region.checked(judge, at(1, 0.9, 0.9))
     assert region == TrustRegion.of(judge.check, 4.0, adapts=False)
+
+
+def test_a_check_feeds_no_more_than_the_context(monkeypatch):
+    """Positions behind it are an error of models that learnt each of theirs."""
+    lm = LanguageModel(tiny_llama(max_position_embeddings=24), tiny_tokenizer())
+    long = Prompts.from_list(["kill a tree " * count for count in (1, 7, 8, 20)])
+    fed = []
+
+    def seen(model, sequences, *words, **options):
+        fed.extend(map(len, sequences))
+        return token_divergences(model, sequences, *words, **options)
+
+    monkeypatch.setattr(stopping, "token_divergences", seen)
+    check = StopCheck(long, long, lambda found: [False] * len(found), max_new_tokens=6)
+    with attach(lm, NeuronSet({"layers.0.up": [0]}, lm.table)) as deltas:
+        check.measure(lm, deltas, 1)
+    assert 18 < max(fed) <= 24, fed

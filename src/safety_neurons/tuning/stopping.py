@@ -168,7 +168,8 @@ class StopCheck:
         with deltas.disabled():
             if "answers" not in self._untouched:  # a call that was killed goes on
                 self._untouched["answers"] = self.answers(model)
-            questions = [list(encoded.ids) for encoded in model.encode(self.harmless)]
+            asked = model.encode(self.harmless, reserve=self.max_new_tokens)
+            questions = [list(encoded.ids) for encoded in asked]
             tokenizer = require_tokenizer(model.tokenizer)
             with untouched(tokenizer):
                 sequences = [
