@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import os
+import signal
 import subprocess
 import sys
 
@@ -88,6 +90,25 @@ def test_a_run_that_goes_on_keeps_what_it_had_when_it_is_interrupted_before_any_
     said(monkeypatch, words, runner.Stream, "save", True)
     assert said(monkeypatch, words, model, "load") == CONTINUES.format(tmp_path / "run")
     assert any((tmp_path / "run" / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]], ids=["line", "json"])
+def test_a_second_interruption_changes_nothing_of_what_is_said(form, tiny_pair, tmp_path, monkeypatch):
+    """A terminal and a launcher each send one."""
+    left = session.Session.left
+
+    def again(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        return left(self)
+
+    monkeypatch.setattr(session.Session, "left", again)
+    handler, words = signal.default_int_handler, [*find(tiny_pair, tmp_path / "run"), *form]
+    before = signal.signal(signal.SIGINT, handler)  # A shell may have started this process with none.
+    try:
+        assert said(monkeypatch, words, runner.Stream, "save", True) == CONTINUES.format(tmp_path / "run")
+        assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

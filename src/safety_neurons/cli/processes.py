@@ -15,7 +15,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from safety_neurons.errors import RunError, UsageError
@@ -78,9 +78,26 @@ def _told_to_end(*_: object) -> None:
 
 
 def ending() -> None:
-    """From here on a launcher's word to end changes nothing: what is kept and said at the end is."""
+    """From here on no word to end changes anything: what is kept and said at the end is. Launchers send
+    theirs after a terminal has sent its own.
+    """
     if signal.getsignal(signal.SIGTERM) is _told_to_end:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        with contextlib.suppress(ValueError):  # Only the main thread may.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def heeding() -> Iterator[None]:
+    """Interruptions are heard again after a block, as before it, also where it came to its `ending`."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        if before is signal.default_int_handler:
+            with contextlib.suppress(ValueError):
+                signal.signal(signal.SIGINT, before)
 
 
 def _ranks() -> Any:

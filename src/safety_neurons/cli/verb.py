@@ -275,7 +275,7 @@ def run_guarded(
         as_json: whether a failure is one JSON object.
         debug: whether its traceback is shown.
     """
-    with command_line():
+    with command_line(), processes.heeding():
         _run_guarded(call, left, as_json=as_json, debug=debug)
 
 
@@ -417,6 +417,7 @@ def options(
     """Options that come before the verb."""
 
 
+@processes.heeding()
 def run() -> None:
     """Run the command line on the words it was given; what cannot be parsed is one line and exit code 2."""
     words = sys.argv[1:]
