@@ -162,3 +162,10 @@ def test_more_than_a_norm_behind_the_last_layer_is_refused():
     model.model.norm = torch.nn.Sequential(inner, torch.nn.Linear(32, 32, bias=False))
     with pytest.raises(UnsupportedModelError, match="more than one norm"):
         final_norm(LanguageModel(model, tiny_tokenizer()))
+
+
+def test_texts_that_are_cut_at_the_context_are_counted():
+    lm, notes = LanguageModel(tiny_llama(max_position_embeddings=8), tiny_tokenizer()), []
+    losses = token_losses(lm, ["kill a tree", "the house " * 9, "the water " * 4], notes=notes)
+    assert losses.counts == (3, 7, 7)
+    assert notes == ["2 of 3 texts are longer than 8 tokens: their end was left out"]

@@ -119,15 +119,19 @@ def perplexity(
 
 
 def divergence(
-    model: LanguageModel, prompts: Prompts, treatment: Treatment, *, batch_size: BatchSize = "auto"
+    model: LanguageModel,
+    prompts: Prompts,
+    treatment: Treatment,
+    *,
+    batch_size: BatchSize = "auto",
+    notes: list[str] | None = None,
 ) -> float | None:
     """Mean KL(untreated ‖ treated) per prompt token, in nats, over templated prompts.
 
-    None where there is no token.
+    None where there is no token. `notes` gets a line about prompts that are left out.
     """
-    return kl_divergence(
-        model, [encoded.ids for encoded in model.encode(prompts)], treatment, batch_size=batch_size
-    )
+    fed = [encoded.ids for encoded in model.encode(prompts)]
+    return kl_divergence(model, fed, treatment, batch_size=batch_size, notes=notes)
 
 
 def measure_perplexity(

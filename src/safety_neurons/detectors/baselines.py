@@ -46,6 +46,7 @@ from safety_neurons.errors import InputError, NumericalError, UnsupportedModelEr
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.batches import Batch, forward, frozen
 from safety_neurons.model.hooks import around, refuse_compiled, skipped
+from safety_neurons.model.language_model import said_of_cut
 from safety_neurons.model.sites import AttentionAnatomy, SitePlace, take
 from safety_neurons.neurons import MLP_SITES, SITES, NeuronSet, SiteTable, parse_key
 from safety_neurons.neurons.scores import kept_share
@@ -101,6 +102,7 @@ def parameters_of(lm: LanguageModel, key: str) -> Tensor:
 def activations(_: ActivationMagnitude, run: Run) -> Scored:
     """Root mean square of every neuron's activation over the tokens of the prompts."""
     read = texts(run.aligned, run.prompts, positions="prompt", max_new_tokens=0, **run.told())
+    run.notes += read.notes
     folded = folded_texts(run, {"prompts": read}, {"prompts": Moments})
     return Scored(statistics_of(run.sizes, folded.sums["prompts"]).root_mean_square(), folded.counts)
 
@@ -306,6 +308,7 @@ def _answers(run: Run, prompts: Prompts, name: str) -> list[ScoredRow]:
     model = run.aligned
     written = generate(model, prompts, name, SCORED_TOKENS, run.stream, batch_size=run.batch_size)
     encoded = model.encode(prompts, reserve=SCORED_TOKENS)
+    run.notes += said_of_cut(encoded, name)
     rows = [
         ScoredRow((*row.ids, *answer), len(row.ids), 1.0)
         for row, answer in zip(encoded, written, strict=True)

@@ -28,11 +28,12 @@ from safety_neurons.detectors.methods import Importance
 from safety_neurons.detectors.reading import Shown, input_scale, watching
 from safety_neurons.detectors.runner import BatchSums, PromptCounts, Run, Scored
 from safety_neurons.errors import InputError, UnsupportedModelError, UsageError
-from safety_neurons.model import LanguageModel
+from safety_neurons.model import Encoded, LanguageModel
 from safety_neurons.model.attention import AttentionPlan, AttentionStates, prove_attention, tolerance
 from safety_neurons.model.batches import Batch, collate, forward
 from safety_neurons.model.cost import memory_of
 from safety_neurons.model.hooks import around, reading
+from safety_neurons.model.language_model import said_of_cut
 from safety_neurons.model.sites import AttentionAnatomy, ExpertRows, ExpertsAnatomy, LayerAnatomy, MlpAnatomy
 
 
@@ -664,24 +665,18 @@ def _refuse_pairs(run: Run, keys: tuple[str, ...], longest: int) -> None:
 
 def _encoded(run: Run) -> tuple[list[list[int]], PromptCounts]:
     """Token ids of every prompt that has some."""
-    fed: list[list[int]] = []
-    failed = truncated = 0
-    why: Any = None
+    read: list[Encoded] = []
+    failed, why = 0, None
     for number in range(len(run.prompts)):
         try:
-            encoded = run.aligned.encode(run.prompts[number : number + 1])[0]
+            read += run.aligned.encode(run.prompts[number : number + 1])
         except InputError as error:
             failed, why = failed + 1, why or error
-            continue
-        fed.append(encoded.ids)
-        truncated += encoded.truncated
     if failed:
         run.notes.append(
             f"{failed} of {len(run.prompts)} prompts could not be read and are not in the scores; the "
             f"first: {why}"
         )
-    if truncated:
-        run.notes.append(
-            f"{truncated} of {len(run.prompts)} prompts were longer than the context: middle left out"
-        )
-    return fed, PromptCounts(len(fed), failed, truncated)
+    run.notes += said_of_cut(read)
+    truncated = sum(one.truncated for one in read)
+    return [one.ids for one in read], PromptCounts(len(read), failed, truncated)

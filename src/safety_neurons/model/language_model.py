@@ -345,7 +345,9 @@ class LanguageModel:
             )
         return middle_out(ids, room)
 
-    def encode_texts(self, texts: Iterable[str], limit: int | None = None) -> list[list[int]]:
+    def encode_texts(
+        self, texts: Iterable[str], limit: int | None = None, notes: list[str] | None = None
+    ) -> list[list[int]]:
         """Token ids of running text (perplexity, general corpora): no template, one BOS where the tokenizer
         adds one.
 
@@ -353,10 +355,17 @@ class LanguageModel:
             texts: The texts.
             limit: Tokens of each to keep at most, from its beginning; the context's length where none is
                 given.
+            notes: Gets a line for those that are longer.
         """
         tokenizer = require_tokenizer(self.tokenizer)
         most = min(value for value in (limit, self.max_length, 10**9) if value)
-        return [encode_text(tokenizer, text, templated=True)[:most] for text in texts]
+        whole = [encode_text(tokenizer, text, templated=True) for text in texts]
+        longer = sum(len(ids) > most for ids in whole)
+        if notes is not None and longer:
+            notes.append(
+                f"{longer} of {len(whole)} texts are longer than {most} tokens: their end was left out"
+            )
+        return [ids[:most] for ids in whole]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out.
@@ -434,9 +443,8 @@ class LanguageModel:
         how = Decoding.of(decoding)
         pending = PendingCompletions(prompts, arm, how.seed, done, answered)
         encoded = self.encode(pending.prompts, reserve=how.max_new_tokens)
-        cut = sum(item.truncated for item in encoded)
-        if notes is not None and cut:
-            notes.append(f"{cut} of {len(encoded)} {LEFT_OUT}")
+        if notes is not None:
+            notes += said_of_cut(encoded)
 
         def keep(index: int, answer: Answer) -> None:
             marks = {name: True for name in ("truncated", "thinking") if getattr(encoded[index], name)}
@@ -459,6 +467,12 @@ class LanguageModel:
 
 LEFT_OUT = "prompts were longer than the context: their middle was left out"
 """What a note on such prompts ends with."""
+
+
+def said_of_cut(encoded: Sequence[Encoded], name: str = "") -> list[str]:
+    """A line about the prompts of a list that did not fit the context, where there are some."""
+    cut = sum(one.truncated for one in encoded)
+    return [f"{name}{name and ': '}{cut} of {len(encoded)} {LEFT_OUT}"] if cut else []
 
 
 def middle_out(ids: list[int], room: int) -> list[int]:

@@ -158,7 +158,9 @@ def token_losses(
         notes: Gets a line for what had to be said.
     """
     words = [text for text in texts if isinstance(text, str)]
-    sequences = lm.encode_texts(words) if words else [[int(token) for token in ids] for ids in texts]
+    sequences = (
+        lm.encode_texts(words, notes=notes) if words else [[int(token) for token in ids] for ids in texts]
+    )
     usable = [number for number, ids in enumerate(sequences) if len(ids) > 1]
     values = token_log_probabilities(
         lm, [sequences[number] for number in usable], batch_size=batch_size, progress=progress, notes=notes
@@ -226,9 +228,10 @@ def kl_divergence(
     *,
     batch_size: BatchSize = "auto",
     progress: Progress | None = None,
+    notes: list[str] | None = None,
 ) -> float | None:
     """Mean of `token_divergences` over all tokens; None where there is none."""
-    rows = token_divergences(lm, sequences, treated, batch_size=batch_size, progress=progress)
+    rows = token_divergences(lm, sequences, treated, batch_size=batch_size, progress=progress, notes=notes)
     return float(np.concatenate(rows).mean()) if any(map(len, rows)) else None
 
 

@@ -474,18 +474,21 @@ class Bench:
         )
         options: dict[str, Any] = {"batch_size": self.batch_size}
         treated = arm.treatment is not contextlib.nullcontext
-        text = (
-            None
-            if self.text is None
-            else measure_perplexity(arm.model, self.text, arm.treatment, **options).rate
-        )
+        text, drift, left_out = None, None, list[str]()
+        if self.text is not None:
+            measured = measure_perplexity(arm.model, self.text, arm.treatment, task="text", **options)
+            self.say(measured.notes)
+            text = measured.rate
+        if treated:
+            drift = divergence(arm.model, self.harmless, arm.treatment, notes=left_out, **options)
+            self.say(f"harmless: {note}" for note in left_out)
         every = [*answers.completions, *others.completions]
         return ArmOutcome(
             arm.name,
             rate(harmful, groups),
             rate(harmless, self.harmless.groups),
             None if text is None else text.value,
-            divergence(arm.model, self.harmless, arm.treatment, **options) if treated else None,
+            drift,
             tuple(harmful),
             tuple(harmless),
             harmful_complied=rate(complied, groups),

@@ -424,8 +424,10 @@ class _Rows:
         """Of the general text; None without one."""
         if self.text is None:
             return None
-        found = measure_perplexity(arm.model, self.text, arm.treatment, batch_size=self.bench.batch_size)
-        self.bench.say(f"{arm.name}: {note}" for note in found.notes)
+        found = measure_perplexity(
+            arm.model, self.text, arm.treatment, task="text", batch_size=self.bench.batch_size
+        )
+        self.bench.say(found.notes)
         return found.rate
 
     def controls(self, rows: Sequence[MethodResult]) -> list[MethodResult]:

@@ -10,7 +10,7 @@ from typing import Any, cast
 from safety_neurons.errors import UsageError
 from safety_neurons.judges import Judge, judge_refusal
 from safety_neurons.model import LanguageModel
-from safety_neurons.model.language_model import LEFT_OUT
+from safety_neurons.model.language_model import said_of_cut
 from safety_neurons.prompt_lists import Prompts
 from safety_neurons.results import Completion, Completions, Rate, rate
 from safety_neurons.results.estimates import GroupLabels
@@ -41,11 +41,11 @@ def too_long(model: LanguageModel, lists: Mapping[str, Prompts], reserve: int = 
         lists: prompts by what they are called.
         reserve: tokens of the answer for which the context has to have room.
     """
-    cut = {
-        name: sum(one.truncated for one in model.encode(some, reserve=reserve))
+    return [
+        note
         for name, some in lists.items()
-    }
-    return [f"{name}: {count} of {len(lists[name])} {LEFT_OUT}" for name, count in cut.items() if count]
+        for note in said_of_cut(model.encode(some, reserve=reserve), name)
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
