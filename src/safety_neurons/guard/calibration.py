@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, Float64
+from jaxtyping import Bool, Float, Float32, Float64, Int
 from torch import Tensor
 
 from safety_neurons.errors import InputError, UsageError
@@ -233,17 +233,25 @@ def log_loss(log_odds: Scores, unsafe: Labels) -> float:
 
 
 def expected_calibration_error(probabilities: Scores, unsafe: Labels, bins: int = 15) -> float:
-    """Mean distance between predicted probability and share of unsafe examples, over bins of equally many
-    examples; those of one probability count alike, whatever their order.
+    """Mean distance between predicted probability and share of unsafe examples, over `bins_of` the
+    probabilities.
 
     Source: Nixon et al., CVPR workshops 2019 (adaptive bins).
     """
-    _, level = np.unique(probabilities, return_inverse=True)
-    shares = (np.bincount(level, unsafe) / np.bincount(level))[level]
+    parts = bins_of(probabilities, bins)
+    gaps = [abs(float(probabilities[part].mean() - unsafe[part].mean())) * len(part) for part in parts]
+    return float(sum(gaps) / len(probabilities))
+
+
+def bins_of(probabilities: Scores, bins: int) -> list[Int[np.ndarray, " _"]]:
+    """Places of examples in bins of equally many by rising probability; those of one probability are in one
+    bin, that of the middle one of them, so that their order plays no part.
+    """
     order = np.argsort(probabilities, kind="stable")
-    parts = np.array_split(order, min(bins, len(order)))
-    gaps = [abs(float(probabilities[part].mean() - shares[part].mean())) * len(part) for part in parts]
-    return float(sum(gaps) / len(order))
+    bin_of = np.repeat(np.arange(bins), [len(part) for part in np.array_split(order, bins)])
+    _, first, count = np.unique(probabilities[order], return_index=True, return_counts=True)
+    bin_of = np.repeat(bin_of[first + (count - 1) // 2], count)
+    return [order[bin_of == number] for number in np.unique(bin_of)]
 
 
 def _held_out_loss(scores: Scores, unsafe: Labels, kind: str, seed: int) -> float:

@@ -1,19 +1,17 @@
 """Curves, rates and reliability of a classifier of requests, with intervals over groups of requests."""
 
+import bisect
 import functools
+import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int
 
-from safety_neurons.results import (
-    Rate,
-    rate,
-)
+from safety_neurons.guard.calibration import bins_of
+from safety_neurons.results import Rate, rate
 from safety_neurons.results.estimates import GroupLabels, clusters_of, resampled_share
-from safety_neurons.results.records import (
-    ReliabilityRecord,
-)
+from safety_neurons.results.records import ReliabilityRecord
 
 POINTS = 201
 """Points of a curve that are kept."""
@@ -75,13 +73,34 @@ def macro_f1(
     return _resampled_rate(statistic, scores, unsafe, seed, groups, len(unsafe))
 
 
-def tpr_at_fpr(scores: Scores, unsafe: Labels, fpr: float, seed: int = 0, groups: GroupLabels = None) -> Rate:
+def tpr_at_fpr(scores: Scores, unsafe: Labels, fpr: float, groups: GroupLabels = None) -> Rate:
     """Share of the unsafe requests above the threshold that flags at most `fpr` of the safe ones.
 
-    The interval is from resamples of both classes, with groups of these, so that it holds the doubt in the
-    threshold too.
+    The interval holds the doubt in the threshold too: the rates at all thresholds whose own false-positive rate,
+    by its interval, may be `fpr`, and the interval of the rate at this one; squares add. Both are intervals of
+    rates, over groups.
     """
-    return _resampled_rate(functools.partial(_tprs, fpr=fpr), scores, unsafe, seed, groups, int(unsafe.sum()))
+    if unsafe.all() or not unsafe.any():
+        return Rate(None, None, None, int(unsafe.sum()))
+    falling = np.sort(-scores[~unsafe])
+    labels = np.array([None] * len(unsafe) if groups is None else list(groups), object)
+
+    def passing(safe: int, kind: Labels) -> Rate:
+        """Share of the requests of a kind above the threshold that flags at most so many safe ones."""
+        above = scores > -falling[safe] if safe < len(falling) else np.ones(len(scores), bool)
+        return rate(above[kind], labels[kind].tolist())
+
+    found, counts = passing(math.floor(fpr * len(falling) + 1e-9), unsafe), range(len(falling) + 1)
+    few = bisect.bisect_left(counts, True, key=lambda safe: (passing(safe, ~unsafe).high or 0.0) >= fpr)
+    many = bisect.bisect_right(counts, False, key=lambda safe: (passing(safe, ~unsafe).low or 0.0) > fpr) - 1
+    # Where none of the safe ones need pass, the threshold lies anywhere above all of them.
+    others = [(passing(few, unsafe).value or 0.0) if few else 0.0, passing(many, unsafe).value or 0.0]
+    value = found.value or 0.0
+    ends = [
+        math.hypot((end or 0.0) - value, other - value)
+        for end, other in zip((found.low, found.high), others, strict=True)
+    ]
+    return Rate(value, max(0.0, value - ends[0]), min(1.0, value + ends[1]), int(unsafe.sum()))
 
 
 def _resampled_rate(
@@ -146,24 +165,15 @@ def _macro_f1s(
     return np.mean([hit / np.maximum(hit + wrong, 1e-300) for hit in hits], axis=0)
 
 
-def _tprs(
-    unsafe: Labels, weights: Float64[np.ndarray, "draw request"], ends: np.ndarray, fpr: float
-) -> Float64[np.ndarray, " draw"]:
-    true, false = (np.cumsum(weights * kind, axis=1)[:, ends] for kind in (unsafe, ~unsafe))
-    passed = (false <= fpr * false[:, -1:] + 1e-9).sum(axis=1)
-    found = np.take_along_axis(true, np.maximum(passed - 1, 0)[:, None], axis=1)[:, 0] / true[:, -1]
-    return np.where(passed > 0, found, 0.0)
-
-
 def reliability(
     probabilities: Scores, unsafe: Labels, bins: int = BINS, groups: GroupLabels = None
 ) -> list[ReliabilityRecord]:
-    """Bins of equally many requests by rising probability: `{probability, unsafe, low, high, n}` with the
-    interval of the share.
+    """Bins of equally many requests by rising probability, equal ones together: `{probability, unsafe, low,
+    high, n}` with the interval of the share.
     """
     labels = [None] * len(probabilities) if groups is None else list(groups)
     found: list[ReliabilityRecord] = []
-    for part in np.array_split(np.argsort(probabilities, kind="stable"), min(bins, len(probabilities))):
+    for part in bins_of(probabilities, bins):
         share, mean = rate(unsafe[part], [labels[place] for place in part]), float(probabilities[part].mean())
         found.append(
             {"probability": mean, "unsafe": share.value, "low": share.low, "high": share.high, "n": share.n}
