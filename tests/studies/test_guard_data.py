@@ -68,6 +68,26 @@ def test_truth_values_are_read_as_the_name_of_their_column_asks(column, unsafe):
     assert bool(data.notes) != unsafe
 
 
+@pytest.mark.parametrize(
+    ("column", "unsafe", "told"),
+    [
+        ("acceptable", False, True),
+        ("is_allowed", False, True),
+        ("inappropriate", True, False),
+        ("disallowed", True, False),
+        ("safe_label", False, True),
+        ("not_flagged", False, True),
+        ("refused", True, True),
+        ("human_annotation", True, True),
+    ],
+)
+def test_how_truth_values_are_read_is_said_where_a_name_asks_for_safe_or_does_not_tell(column, unsafe, told):
+    records = [Prompt(text, text, meta={column: value}) for text, value in (("yes", 1), ("no", 0))]
+    data = labelled_by_column(Prompts(records), column)
+    assert (data.unsafe.texts == ["yes"]) == unsafe
+    assert bool(data.notes) == told
+
+
 @pytest.mark.parametrize("column", ["safety", "safety_label", "safe_or_unsafe", "harmful vs harmless"])
 def test_truth_values_in_a_column_whose_name_does_not_tell_are_refused(column):
     with pytest.raises(InputError, match="does not tell whether that is safe"):

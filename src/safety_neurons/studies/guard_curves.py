@@ -76,9 +76,9 @@ def macro_f1(
 def tpr_at_fpr(scores: Scores, unsafe: Labels, fpr: float, groups: GroupLabels = None) -> Rate:
     """Share of the unsafe requests above the threshold that flags at most `fpr` of the safe ones.
 
-    The interval holds the doubt in the threshold too: the rates at all thresholds whose own false-positive rate,
-    by its interval, may be `fpr`, and the interval of the rate at this one; squares add. Both are intervals of
-    rates, over groups.
+    The interval holds the doubt in the threshold too: the rates at all thresholds whose own false-positive
+    rate, by its interval, may be `fpr`, and the interval of the rate at this one; squares add. Both are
+    intervals of rates, over groups.
     """
     if unsafe.all() or not unsafe.any():
         return Rate(None, None, None, int(unsafe.sum()))

@@ -28,6 +28,23 @@ from safety_neurons.suites.rewording import MECHANICAL
 UNSAFE_WORDS = frozenset({"1", "yes", "unsafe", "harmful", "toxic", "jailbreak", "attack", "malicious"})
 SAFE_WORDS = frozenset({"0", "-1", "no", "safe", "harmless", "benign", "unharmful", "ok"})
 _TRUTH = {"1": True, "yes": True, "0": False, "no": False}
+_GOOD_NAMES = SAFE_WORDS | {
+    "acceptable",
+    "allowed",
+    "appropriate",
+    "clean",
+    "compliant",
+    "ethical",
+    "innocuous",
+    "legal",
+    "legitimate",
+    "permitted",
+}
+"""Words in the name of a column whose truth says that a prompt is safe."""
+_BAD_NAMES = UNSAFE_WORDS | {"toxicity"}
+"""Words in the name of a column whose truth says that it is not."""
+_USUAL_NAMES = frozenset({"label", "labels", "flag", "flagged"})
+"""Words that alone say the same, since nobody means the other by them."""
 _NEGATIONS = frozenset({"not", "non", "no", "un", "isnt"})
 HARMLESS_ARM = "/harmless"
 
@@ -96,8 +113,10 @@ def labelled_by_column(prompts: Prompts, column: str = "label") -> GuardData:
         *prompts.notes,
         *([f"left out {numbered(missing, 'prompt')} without a label"] if missing else []),
     ]
-    if _asks_for_safe(column) and any(label_word(_field(prompt, column)) in _TRUTH for prompt in prompts):
-        notes.append(f"1 and true in {column!r} were read as safe, as its name says")
+    asks = _asks_for(column)
+    if asks != "unsafe" and any(label_word(_field(prompt, column)) in _TRUTH for prompt in prompts):
+        told = "safe, as its name says" if asks else "unsafe; its name does not tell, as is_safe would"
+        notes.append(f"1 and true in {column!r} were read as {told}")
     return GuardData(
         Prompts(kinds[True], prompts.name),
         Prompts(kinds[False], prompts.name),
@@ -282,34 +301,37 @@ def _field(prompt: Prompt, column: str) -> Any:
     return prompt.meta.get(column, own.get(column))
 
 
-def _asks_for_safe(column: str) -> bool | None:
-    """Whether a column of truth values says of which prompts they are safe, by its name: `is_safe`,
-    `notHarmful`; None for a name that asks for both, or for safety by degrees.
+def _asks_for(column: str) -> str:
+    """What truth in a column of this name says a prompt is: `safe` (`is_safe`, `notHarmful`), `unsafe`;
+    `both` for a name that asks for both, or for safety by degrees; empty for one that tells nothing.
     """
-    safe = unsafe = negated = False
+    safe = unsafe = negated = usual = False
     for part in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", column):
         word = part.casefold()
-        bare = re.sub("^(?:non|not|un)", "", word)
+        bare = re.sub("^(?:non|not|un|in|dis|il)", "", word)
         negated ^= word in _NEGATIONS
+        usual |= word in _USUAL_NAMES
         if word in _TRUTH:
             continue
-        safe |= word in SAFE_WORDS or (bare != word and bare in UNSAFE_WORDS)
-        unsafe |= word in UNSAFE_WORDS or (bare != word and bare in SAFE_WORDS)
+        safe |= word in _GOOD_NAMES or (bare != word and bare in _BAD_NAMES)
+        unsafe |= word in _BAD_NAMES or (bare != word and bare in _GOOD_NAMES)
         if word == "safety":
-            return None
-    return None if safe and unsafe else (safe or unsafe) and safe != negated
+            return "both"
+    if safe == unsafe:
+        return "both" if safe else ("safe" if negated else "unsafe") if usual else ""
+    return "safe" if safe != negated else "unsafe"
 
 
 def _is_unsafe(value: Any, prompt: Prompt, column: str) -> bool:
     word = label_word(value)
     if word in _TRUTH:
-        safe = _asks_for_safe(column)
-        if safe is None:
+        asks = _asks_for(column)
+        if asks == "both":
             raise InputError(
                 f"prompt {prompt.id!r} has {column} {str(value)[:40]!r}, and the name does not tell whether "
                 "that is safe; expected unsafe or safe, or a name such as is_unsafe or is_safe"
             )
-        return _TRUTH[word] != safe
+        return _TRUTH[word] != (asks == "safe")
     if word in UNSAFE_WORDS:
         return True
     if word in SAFE_WORDS:
