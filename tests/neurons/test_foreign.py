@@ -202,10 +202,46 @@ def test_weights_become_shares_of_rows_and_columns_and_masks_are_taken_as_they_a
         mask["model.layers.0.mlp.down_proj"].mean(0),
         atol=1e-6,
     )
+    for kind in (np.float32, np.int8):  # as most tools store them
+        stored = {name: values.astype(kind) for name, values in mask.items()}
+        assert foreign.weight_scores(stored, stored, TABLE)["layers.0.down"].max() == 0
+        assert foreign.weight_scores(stored, None, TABLE) == foreign.weight_scores(mask, None, TABLE)
+    with pytest.raises(NeuronError, match="a mask in one of the files"):
+        foreign.weight_scores(mask, utility, TABLE)
     with pytest.raises(NeuronError, match="in each of the two"):
         foreign.weight_scores(safety, {}, TABLE)
     with pytest.raises(ForeignModelError, match="another model"):
         foreign.weight_scores({"model.layers.0.mlp.up_proj": np.zeros((40, 32))}, None, TABLE)
+
+
+@pytest.mark.parametrize("site", ["q", "k", "o", "up", "down"])
+def test_matrices_that_are_transposed_doubled_or_not_finite_are_refused(site):
+    part = "mlp" if site in ("up", "down") else "self_attn"
+    info = TABLE[f"layers.0.{site}"]
+    name, shape = f"model.layers.0.{part}.{site}_proj", (info.size, info.weights_per_neuron)
+    right = np.random.default_rng(0).random(shape[::-1] if site in ("o", "down") else shape)
+    assert len(foreign.weight_scores({name: right}, None, TABLE)) == info.size
+    for wrong in (
+        np.ones((info.size, 31)),
+        np.ones((31, info.size)),
+        *([] if shape[0] == shape[1] else [right.T]),
+    ):
+        with pytest.raises(ForeignModelError, match="another model's, or transposed"):
+            foreign.weight_scores({name: wrong}, None, TABLE)
+    with pytest.raises(NeuronError, match="two matrices"):
+        foreign.weight_scores({name: right, f"{name}.weight": right}, None, TABLE)
+    with pytest.raises(NeuronError, match="NaN"):
+        foreign.weight_scores({name: np.where(right > 0.5, np.nan, right)}, None, TABLE)
+    seen = f"vision_tower.encoder.layers.0.{part}.{site}_proj"
+    both = foreign.weight_scores({name: right, seen: right[:3, :3]}, None, TABLE)
+    assert both == foreign.weight_scores({name: right}, None, TABLE)
+
+
+def test_change_scores_of_fewer_layers_are_another_models():
+    values = np.sort(np.random.default_rng(0).random((1, 48)))[:, ::-1]
+    ranks = np.stack([np.zeros(48, int), np.arange(48)], 1)
+    with pytest.raises(ForeignModelError, match="change scores of 1 layer, and the model has 2"):
+        foreign.change_scores((values, ranks), TABLE)
 
 
 def test_transformer_lens_hooks_hold_the_neurons_where_they_are_in_its_activations():

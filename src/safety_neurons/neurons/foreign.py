@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from safety_neurons.counting import numbered
 from safety_neurons.errors import ForeignModelError, NeuronError
 from safety_neurons.neurons.scores import Scores, kept_share
 from safety_neurons.neurons.sets import NeuronSet
@@ -165,7 +166,7 @@ def change_scores(content: Any, table: SiteTable, path: str | pathlib.Path = "")
     deviations).
 
     Raises:
-        ForeignModelError: more layers than the model has, or other sizes.
+        ForeignModelError: more or fewer layers than the model has, or other sizes.
         NeuronError: the content is not such a tuple, or its ranks are not those of its scores.
     """
     if (
@@ -188,6 +189,11 @@ def change_scores(content: Any, table: SiteTable, path: str | pathlib.Path = "")
     ordered = values[ranks[:, 0], ranks[:, 1]]
     if (np.diff(ordered.astype(np.float64)) > 1e-6 * max(float(np.abs(values).max(initial=0)), 1e-30)).any():
         raise NeuronError(f"{str(path)!r}: its ranks do not go down its scores; the file is damaged")
+    if len(values) < table.n_layers:
+        raise ForeignModelError(
+            f"{str(path)!r} has change scores of {numbered(len(values), 'layer')}, and the model has "
+            f"{table.n_layers}; it is another model's, or of some layers that it does not name"
+        )
     keys = {f"layers.{layer}.down": row for layer, row in enumerate(values)}
     return _scores(keys, table, "contrast", path, {"sites": ["down"]})
 
@@ -210,11 +216,7 @@ def probe_scores(content: Any, table: SiteTable, path: str | pathlib.Path = "") 
         raise NeuronError(f"{str(path)!r} is not a mapping of module names to probe weights")
     by_key: dict[str, np.ndarray] = {}
     for name, weights in content.items():
-        match = (
-            _PROJECTION.search(name)
-            if isinstance(name, str) and not any(word in name for word in _VISION)
-            else None
-        )
+        match = _projection(name)
         if match is None:
             continue
         values = _vector(weights, name, path)
@@ -242,6 +244,13 @@ def probe_scores(content: Any, table: SiteTable, path: str | pathlib.Path = "") 
         path,
         {"sites": sorted({parse_key(key).site for key in by_key}, key=SITES.index)},
     )
+
+
+def _projection(name: Any) -> re.Match[str] | None:
+    """The layer and projection of a decoder in a module's name; None for a module of another kind."""
+    if not isinstance(name, str) or any(word in name for word in _VISION):
+        return None
+    return _PROJECTION.search(name)
 
 
 def _vector(weights: Any, name: str, path: str | pathlib.Path) -> np.ndarray:
@@ -277,8 +286,8 @@ def weight_scores(
     projection.
 
     Args:
-        safety: `[out, in]` per projection (`model.layers.3.mlp.up_proj`); numbers, or bools: a mask is taken
-            as it is.
+        safety: `[out, in]` per projection (`model.layers.3.mlp.up_proj`); numbers, or a mask (bools, or 0 and
+            1 alone), which is taken as it is.
         utility: the same on other text, whose largest are taken away; None for none.
         table: of the model.
         shares: of the weights of a matrix that count as important for safety and for utility.
@@ -286,11 +295,11 @@ def weight_scores(
 
     Raises:
         ForeignModelError: other sizes than the model's.
-        NeuronError: a projection is not a matrix, or is missing in `utility`.
+        NeuronError: a projection is not a matrix, comes twice, holds NaN, or is missing in `utility`.
     """
     by_key: dict[str, np.ndarray] = {}
     for name, values in safety.items():
-        match = _PROJECTION.search(name)
+        match = _projection(name)
         if match is None or match[2] == "gate_up":
             continue
         key = f"layers.{match[1]}.{match[2]}"
@@ -300,10 +309,26 @@ def weight_scores(
                 f"{name} in {str(path)!r}: expected one matrix [out, in] in each of the two, found "
                 f"{values.shape}"
             )
+        if key in by_key:
+            raise NeuronError(f"{str(path)!r} has two matrices for {key}; expected one each")
+        if not all(np.isfinite(one).all() for one in (values, other) if one is not None):
+            raise NeuronError(f"{str(path)!r} holds NaN or infinity for {name[:80]!r}")
         flip = match[2] in ("o", "down")
         values, other = values.T if flip else values, other.T if flip and other is not None else other
-        if values.dtype == bool:
-            by_key[key] = (values if other is None else values & ~other.astype(bool)).mean(1)
+        if key in table and values.shape != (table[key].size, table[key].weights_per_neuron):
+            shape = (table[key].size, table[key].weights_per_neuron)[:: -1 if flip else 1]
+            raise ForeignModelError(
+                f"{str(path)!r} has a matrix of {safety[name].shape} for {name[:80]!r}, and the model's is "
+                f"{shape} ([out, in]); it is another model's, or transposed"
+            )
+        masks = [bool(np.isin(one, (0, 1)).all()) for one in (values, other) if one is not None]
+        if len(set(masks)) > 1:
+            raise NeuronError(
+                f"{name[:80]!r} is a mask in one of the files and numbers in the other; expected either"
+            )
+        if masks[0]:
+            kept = values.astype(bool)
+            by_key[key] = (kept if other is None else kept & ~other.astype(bool)).mean(1)
         else:
             by_key[key] = kept_share(values, other, len(values), *shares)
     if not by_key:
