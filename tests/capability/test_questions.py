@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from safety_neurons.capability import measure_gsm8k, measure_mmlu, measures
+from safety_neurons.capability import measure_gsm8k, measure_mmlu, measures, tasks
 from safety_neurons.errors import InputError
 from safety_neurons.interventions import deactivated
 from safety_neurons.model import LanguageModel
@@ -277,3 +277,31 @@ def test_a_long_question_is_read_and_an_open_quotation_mark_refused_in_one_line(
     (tmp_path / "test" / "art_test.csv").write_text("question,A,B,C,D,answer\nQ,a,b,c,d,A\n")
     with pytest.raises(InputError, match=r"row 1 of test.art_test.csv has 6 cells, the last 'answer'"):
         measures.read_mmlu(tmp_path)
+
+
+def test_a_table_that_is_there_twice_is_refused(tmp_path):
+    for folder in ("test", "copy/test"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "anatomy_test.csv").write_text("What?,1,2,3,4,A\n")
+    with pytest.raises(InputError, match="anatomy_test.csv twice"):
+        measures.read_mmlu(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "wiki.txt",
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n",
+            "Git LFS pointer",
+        ),
+        ("wiki.jsonl", b'{"text": "a"}\n', "a file of records; expected running text"),
+        ("wiki.csv.gz", b"text\na\n", "a file of records"),
+        ("wiki.txt", b"a\0b", "NUL byte"),
+        ("wiki.txt", b"", "empty"),
+    ],
+)
+def test_running_text_that_is_none_is_refused_before_it_is_measured(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        tasks.checked([f"wikitext:{tmp_path / name}"], measures.TaskSettings())

@@ -504,9 +504,13 @@ def read_mmlu(path: str | pathlib.Path, split: str | None = None) -> Mmlu:
         stem = pathlib.PurePosixPath(name).stem
         subject, _, kind = stem.rpartition("_")
         if kind in ("dev", "val", "test") and subject:
-            splits.setdefault(kind, {})[subject.replace("_", " ")] = _questions(
-                subject.replace("_", " "), text, name
-            )
+            subject, subjects = subject.replace("_", " "), splits.setdefault(kind, {})
+            if subject in subjects:
+                raise InputError(
+                    f"{str(source)!r} holds {stem}.csv twice ({name} is one); expected each once: name the "
+                    "folder of one"
+                )
+            subjects[subject] = _questions(subject, text, name)
     wanted = split or next((kind for kind in ("test", "val") if kind in splits), "test")
     if not splits.get(wanted):
         raise InputError(

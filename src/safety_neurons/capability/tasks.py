@@ -31,6 +31,7 @@ from safety_neurons.errors import InputError, UsageError
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.batches import BatchSize
 from safety_neurons.prompt_lists import prompts
+from safety_neurons.prompt_lists.readers import read_text
 from safety_neurons.results import Rate, rate
 from safety_neurons.results.estimates import from_error
 
@@ -155,15 +156,17 @@ def measure(
     return measure_harness(model, [wanted.source], treatment, settings=how)[0]
 
 
+_RECORDS = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
+
+
 def _document_texts(source: str) -> list[str]:
     path = pathlib.Path(source).expanduser()
-    try:
-        texts = documents(path.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {source!r} ({error}); expected running text in UTF-8") from error
-    if not texts:
-        raise InputError(f"{source!r} is empty; expected running text")
-    return texts
+    if any(suffix.lower() in _RECORDS for suffix in path.suffixes):
+        raise InputError(
+            f"{source}: a file of records; expected running text: name a .txt file, or perplexity:{source} "
+            "for a text a record"
+        )
+    return documents(read_text(path)[0])
 
 
 INSTALL = "pip install 'safety-neurons[evaluate]'"
