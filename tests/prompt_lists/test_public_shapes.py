@@ -579,3 +579,146 @@ def test_numbered_ids_meet_no_given_one(ids):
     found = prompts([{"id": one, "prompt": "x"} for one in ids])
     assert len({one.id for one in found}) == len(ids)
     assert found[ids.index("a#2")].id == "a#2"
+
+
+# What many tools leave in files is read right, said or refused
+
+CLASSES = {"name": "label", "type": {"names": ["unsafe", "safe"], "_type": "ClassLabel"}}
+VIEWED = [
+    {"row_idx": 0, "row": {"prompt": "a", "label": 0}, "truncated_cells": []},
+    {"row_idx": 1, "row": {"prompt": "b", "label": -1}},
+    {"row_idx": 2, "row": {"prompt": "cut", "label": 1}, "truncated_cells": ["prompt"]},
+]
+SAID = {
+    "tables joined": (
+        "a.csv",
+        "prompt,label\na,1\nprompt,label\nb,0\n",
+        ["a", "b"],
+        "left out 1 row that repeats the header",
+    ),
+    "tables with marks joined": (
+        "a.csv",
+        "\ufeffprompt,label\na,1\n\ufeffprompt,label\nb,0\n",
+        ["a", "b"],
+        "left out 1 byte order mark within the file",
+    ),
+    "lines with marks joined": (
+        "a.jsonl",
+        '{"prompt": "a"}\n\ufeff{"prompt": "b"}\n',
+        ["a", "b"],
+        "1 byte order",
+    ),
+    "JSON Lines as text": (
+        "a.txt",
+        '{"prompt": "a"}\n\n{"prompt": "b"}\n',
+        ["a", "b"],
+        "named .txt but holds JSON",
+    ),
+    "JSON as text": ("a.txt", '[\n{"prompt": "a"},\n"b"]', ["a", "b"], "named .txt but holds JSON"),
+    "brackets in text": ("a.txt", "[INST] a [/INST]\n{b}\n", ["[INST] a [/INST]", "{b}"], None),
+    "a name in text": ("a.txt", "prompt\na\n", ["prompt", "a"], "looks like the name of a column"),
+    "the hub's viewer": (
+        "a.json",
+        json.dumps({"features": [CLASSES], "rows": VIEWED, "num_rows_total": 9}),
+        ["a", "b"],
+        "the viewer gave 3 rows of 9",
+    ),
+    "several candidates": (
+        "a.jsonl",
+        '{"instruction": "a", "question": "b", "choices": ["c"]}',
+        ["a"],
+        "'question' holds text too and is left aside in 1 row",
+    ),
+    "two cases of a name": ("a.csv", "Prompt,prompt\na,b\n", ["b"], "'Prompt' holds text too"),
+    "the same in other columns": ("a.jsonl", json.dumps({"prompt": "a", "messages": CHAT}), ["a"], None),
+    "lists": ("a.jsonl", '{"prompt": "a", "history": [["b", "c"]]}', ["a"], "left aside: 'history'"),
+    "missing values as words": (
+        "a.csv",
+        "prompt,answer\nnan,x\nNone,None\n",
+        ["nan", "None"],
+        "2 prompts say what",
+    ),
+    "missing answers as words": ("a.csv", "prompt,answer\na,x\nb,nan\n", ["a", "b"], "1 answer says what"),
+    "numbers": ("a.csv", "prompt,prompt_text\n1,a\n2,b\n", ["1", "2"], "2 prompts are numbers"),
+    "a wrong decoding": ("a.txt", "caf\ufffd\n", ["caf\ufffd"], "1 text holds what a wrong decoding leaves"),
+    "an unwanted answer": (
+        "a.jsonl",
+        '{"prompt": "a", "completion": "b", "label": false}\n{"prompt": "c", "response": "d", "is_safe": 0}',
+        ["a", "c"],
+        "2 answers are marked by the row as not safe or not wanted",
+    ),
+    "texts by keys": (
+        "a.json",
+        '{"How?": "So.", "Why?": "Because."}',
+        ["So.", "Because."],
+        "by the keys How?, Why?",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SAID)
+def test_what_many_tools_leave_in_files_is_read_right_and_said(tmp_path, case):
+    name, content, texts, note = SAID[case]
+    found = prompts(written(tmp_path, name, content))
+    assert found.texts == texts
+    assert any(note in said for said in found.notes) if note else found.notes == []
+
+
+MISTAKEN = {
+    "a text beside the list": (
+        "a.json",
+        '{"goal": "of the study", "prompts": ["a"]}',
+        "under 'goal' and a list",
+    ),
+    "a title beside records": (
+        "a.json",
+        '{"text": "My set", "data": [{"prompt": "a"}]}',
+        "under 'text' and a list",
+    ),
+    "splits": (
+        "a.json",
+        '{"train": [{"prompt": "a"}], "test": [{"prompt": "b"}]}',
+        "2 parts .'train', 'test'.",
+    ),
+    "a table as text": ("a.txt", "prompt,label\na,1\n", "is the header of a table.*name the file .csv"),
+    "a page as text": ("a.txt", "\n<!DOCTYPE HTML>\n<html>Not found</html>", "a page of the web"),
+    "a page as a table": ("a.csv", "<html>\n<body>404</body>", "a page of the web"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKEN)
+def test_files_that_may_mean_something_else_are_refused(tmp_path, case):
+    name, content, message = MISTAKEN[case]
+    with pytest.raises(InputError, match=message):
+        prompts(written(tmp_path, name, content))
+
+
+def test_numbers_of_classes_are_what_the_data_set_says_in_files_and_in_memory(tmp_path):
+    import datasets
+
+    viewed = json.dumps({"features": [CLASSES], "rows": VIEWED})
+    found = prompts(written(tmp_path, "a.json", viewed))
+    assert [prompt.meta.get("label") for prompt in found] == ["unsafe", None]
+    assert any("record 3 is cut off in prompt by the hub's viewer" in note for note in found.notes)
+    named = datasets.Features(
+        {"prompt": datasets.Value("string"), "label": datasets.ClassLabel(names=["bad", "good"])}
+    )
+    rows = datasets.Dataset.from_list(
+        [{"prompt": "a", "label": 0}, {"prompt": "b", "label": 1}], features=named
+    )
+    found = prompts(rows)
+    assert [prompt.meta["label"] for prompt in found] == ["bad", "good"]
+    assert any("0 bad, 1 good" in note for note in found.notes)
+
+
+def test_the_word_for_a_missing_value_is_no_group_and_no_language():
+    found = prompts(
+        [{"prompt": "a", "group": "nan", "lang": "None"}, {"prompt": "b", "group": "g", "lang": "de"}]
+    )
+    assert [(one.group, one.language) for one in found] == [(None, None), ("g", "de")]
+
+
+def test_a_column_that_the_user_names_is_not_doubted(tmp_path):
+    path = written(tmp_path, "a.json", '{"goal": "a", "prompts": ["b"]}')
+    assert prompts(path, column="goal").texts == ["a"]
+    assert prompts([{"question": "a", "instruction": "b"}], column="question").notes == []

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 from safety_neurons import strict_json
+from safety_neurons.counting import numbered
 from safety_neurons.errors import InputError, UsageError
+from safety_neurons.prompt_lists.classes import class_names, with_class_names
 from safety_neurons.prompt_lists.records import (
     Message,
     Prompt,
@@ -30,6 +32,7 @@ from safety_neurons.prompt_lists.tables import (
     Unread,
     is_one_conversation,
     parse_rows,
+    parts_of,
     rows_of,
     too_many,
 )
@@ -64,6 +67,7 @@ PARTS = {"look-alikes": ("harmless-test", "look_alike"), "look-alikes-unsafe": (
 """Lists that an organism has as a category of another of its lists (None: all of it)."""
 DEFAULT_LANGUAGE = "en"
 
+_MARK = re.compile("^\ufeff+", re.MULTILINE)
 _FILE = re.compile(r"(?P<name>.+)\.(?P<language>[a-z]{2,3})\.jsonl")
 
 
@@ -196,6 +200,8 @@ _OTHER_FORMATS = {
     b"%PDF": "a PDF",
     b"\x28\xb5\x2f\xfd": "Zstandard data",
     b"SQLite format 3": "a database",
+    b"<!doctype html": "a page of the web, such as an error of a server",
+    b"<html": "a page of the web, such as an error of a server",
 }
 
 
@@ -242,20 +248,31 @@ def text_of(data: bytes, path: Path) -> tuple[str, list[str]]:
         )
     data = _uncompressed(path, data)
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return _of_utf16(path, data), ["UTF-16 text; read as such"]
+        text = _without_marks(_of_utf16(path, data), notes)
+        return text, ["UTF-16 text; read as such", *notes]
     while data.startswith(b"\xef\xbb\xbf"):  # twice where a program added one to a file that had one
         data = data[3:]
     if not data.strip():
         raise InputError(f"{path}: the file is empty; expected at least one prompt")
     _refuse_binary(path, data)
     try:
-        return data.decode("utf-8"), notes
+        return _without_marks(data.decode("utf-8"), notes), notes
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise InputError(
             f"{path}: not UTF-8 at byte {error.start} (0x{data[error.start]:02x}, line {line}); expected "
             f"UTF-8; convert it, e.g. `iconv -f WINDOWS-1252 -t UTF-8 {path.name}`"
         ) from None
+
+
+def _without_marks(text: str, notes: list[str]) -> str:
+    """The text without byte order marks where lines begin: what is left where files were joined."""
+    text, count = _MARK.subn("", text) if "\ufeff" in text else (text, 0)
+    if count:
+        notes.append(
+            f"left out {numbered(count, 'byte order mark')} within the file, as where files were joined"
+        )
+    return text
 
 
 def _of_utf16(path: Path, data: bytes) -> str:
@@ -338,8 +355,9 @@ def _uncompressed(path: Path, data: bytes) -> bytes:
 
 
 def _refuse_binary(path: Path, data: bytes) -> None:
+    start = data[:400].lstrip()
     for magic, what in _OTHER_FORMATS.items():
-        if data.startswith(magic):
+        if data.startswith(magic) or (magic[:1] == b"<" and start.lower().startswith(magic)):
             raise InputError(f"{path}: the content is {what}; {EXPECTED}; unpack or convert it first")
     at = data.find(b"\x00")
     if at >= 0:
@@ -553,10 +571,7 @@ def _in_memory(
 def _rows_in_memory(source: Any, column: str | None, notes: list[str], asked: bool) -> Iterator[Row]:
     if isinstance(source, Mapping):
         if source and all(hasattr(value, "column_names") for value in source.values()):
-            parts = ", ".join(map(repr, list(source)[:5]))
-            raise InputError(
-                f"a data set of {len(source)} parts ({parts}); expected one; choose one by its name"
-            )
+            raise parts_of("the object", list(source))
         return rows_of(
             {str(key): _listed_value(value) for key, value in source.items()}, "the object", column, notes
         )
@@ -569,7 +584,8 @@ def _rows_in_memory(source: Any, column: str | None, notes: list[str], asked: bo
             return _items(getattr(source, method)(*arguments), asked)
     if is_conversation(source) and is_one_conversation(list(source)):
         return iter([_asked(source, "0", "the conversation") if asked else {"messages": list(source)}])
-    return _items(source, asked)
+    names = class_names(getattr(source, "features", None))  # of a `datasets.Dataset`
+    return with_class_names(_listed(source, lazily=True), names, notes) if names else _items(source, asked)
 
 
 def _listed_value(value: Any) -> Any:

@@ -11,6 +11,16 @@ from typing import Any
 
 from safety_neurons.counting import numbered
 from safety_neurons.errors import InputError
+from safety_neurons.prompt_lists.columns import (
+    METADATA,
+    PROMPT_COLUMNS,
+    REQUESTS_ONLY,
+    ColumnPlan,
+    find_column,
+    folded,
+    listed,
+    plan_for,
+)
 from safety_neurons.prompt_lists.records import (
     ROLES,
     Message,
@@ -18,6 +28,7 @@ from safety_neurons.prompt_lists.records import (
     UnreadableTurnError,
     is_conversation,
     is_transcript,
+    label_word,
     merge_turns,
     read_transcript,
     read_turns,
@@ -25,24 +36,14 @@ from safety_neurons.prompt_lists.records import (
     texts_of,
     written_list,
 )
-from safety_neurons.prompt_lists.tables import (
-    METADATA,
-    MOST_ROWS,
-    PROMPT_COLUMNS,
-    REQUESTS_ONLY,
-    ColumnPlan,
-    Unread,
-    find_column,
-    folded,
-    listed,
-    looks_like_data,
-    plan_for,
-    too_many,
-)
+from safety_neurons.prompt_lists.tables import MOST_ROWS, Unread, looks_like_data, too_many
 
 Row = Mapping[str, Any] | Unread | Prompt
 COMPLIES = re.compile(r"\s*(sure|of course|certainly|absolutely)\b[^.\n]{0,20}\bhere\b", re.IGNORECASE)
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_NOTHING = frozenset({"nan", "none", "null", "<na>", "undefined", "n/a"})
+_NUMBER = re.compile(r"\s*[-+]?\d[\d.,]*\s*")
+_ANSWER_IS_SAFE = ("is_safe", "is_response_safe", "response_is_safe", "safe")
 _ARGUMENTS = {"doc", "arguments"}
 """What a sample of lm-evaluation-harness has: the document, and the texts that were put to the model."""
 
@@ -121,12 +122,8 @@ class _RowReader:
         self._source, self._column, self._answer_column = source, column, answer_column
         self._plans: dict[tuple[str, ...], ColumnPlan] = {}
         self._present: dict[str, None] = {}
-        self._tally, self._left, self._used, self._joined, self._systems = (
-            _Tally(),
-            _Tally(),
-            _Tally(),
-            _Tally(),
-            _Tally(),
+        self._tally, self._left, self._used, self._joined, self._systems, self._aside, self._unread = (
+            _Tally() for _ in range(7)
         )
         self._reasons: dict[str, str] = {}
         self._answers_used: Counter[str] = Counter()
@@ -171,6 +168,7 @@ class _RowReader:
             text, beside = self._with_input(row, plan, column, text)
             turns, joined = [Message("user", text)], joined | beside
         turns, system = self._with_system(row, plan, turns)
+        self._count_aside(row, plan, joined | {system}, [turn.content for turn in turns])
         self._used.add(column, number)
         self._answers_used[answered_by or ""] += answer is not None
         return self._record(row, plan, turns, answer, joined | {system})
@@ -421,6 +419,20 @@ class _RowReader:
             )
         return self._clean(said) if said.strip() else None
 
+    def _count_aside(
+        self, row: Mapping[str, Any], plan: ColumnPlan, used: set[str | None], said: Sequence[str]
+    ) -> None:
+        """Counts other columns that may hold the prompt, and lists and objects, which no prompt keeps."""
+        asks = set(map(folded, plan.prompt))  # of names that differ in case alone one is planned
+        known = {*used, *plan.answer, *plan.pair, *plan.id, *plan.category, *plan.language, *plan.group}
+        for name, value in row.items():
+            if name in known or folded(name) in METADATA or _is_blank(value):
+                continue
+            if folded(name) in asks and isinstance(value, str):
+                self._aside.add(name, self._number, value not in said)
+            elif isinstance(value, list | Mapping) and name not in plan.conversation:
+                self._unread.add(name, self._number)
+
     # The record
 
     def _record(
@@ -447,9 +459,9 @@ class _RowReader:
             messages=tuple(turns) if len(turns) > 1 else (),
             answer=answer,
             category=", ".join(map(str, category)) if isinstance(category, list) else _text_or_none(category),
-            language=_text_or_none(_first(row, plan.language)),
+            language=_shared(_first(row, plan.language)),
             meta=meta,
-            group=_text_or_none(_first(row, plan.group)),
+            group=_shared(_first(row, plan.group)),
         )
 
     def _clean(self, text: str) -> str:
@@ -544,6 +556,13 @@ class _RowReader:
             lines.append(
                 f"{column!r} is the system prompt of {numbered(count, 'row')} {self._systems.first(column)}"
             )
+        for column, count in self._aside.counts.items():
+            lines.append(
+                f"{column!r} holds text too and is left aside in {numbered(count, 'row')}; if it is the "
+                f"prompt, name it with --column {self._aside.first(column)}"
+            )
+        if self._unread.counts:
+            lines.append(f"lists and objects are left aside: {listed(self._unread.counts)}")
         return lines + self._suspicions(read)
 
     def _suspicions(self, read: list[Prompt]) -> list[str]:
@@ -553,6 +572,7 @@ class _RowReader:
             prompt.answer is not None and COMPLIES.match(prompt.answer) is not None for prompt in read
         )
         lines = [f"{numbered(copies, 'duplicate prompt')}, kept"] if copies else []
+        lines += _odd(read, self._tally.counts["surrogates"])
         if complying > len(read) / 4:
             column = next(iter(self._used.counts), "prompt")
             lines.append(
@@ -623,6 +643,42 @@ _NOTES = {
 """What stands before the number, and what is counted: one of it, several."""
 
 
+def _odd(read: Sequence[Prompt], replaced: int) -> list[str]:
+    """A line for each kind of texts that look like none; `replaced` ones were said already."""
+    texts = [prompt.text for prompt in read]
+    answers = [prompt.answer for prompt in read if prompt.answer is not None]
+    numbers = sum(_NUMBER.fullmatch(text) is not None for text in texts)
+    damaged = sum("\ufffd" in text or "\ufeff" in text for text in [*texts, *answers])
+    bad = sum(prompt.answer is not None and _is_marked_bad(prompt) for prompt in read)
+    missing = "what programs write for a missing value ('nan', 'None'); kept"
+    lines = (
+        (_missing(texts), "prompt says", "prompts say", missing),
+        (_missing(answers), "answer says", "answers say", missing),
+        (numbers if numbers > len(texts) / 4 else 0, "prompt is a number", "prompts are numbers", "; kept"),
+        (damaged - replaced, "text holds", "texts hold", "what a wrong decoding leaves (\ufffd); kept"),
+        (bad, "answer is", "answers are", "marked by the row as not safe or not wanted; kept"),
+    )
+    return [
+        f"{numbered(count, one, more)}{'' if what[0] == ';' else ' '}{what}"
+        for count, one, more, what in lines
+        if count > 0
+    ]
+
+
+def _missing(texts: Sequence[str]) -> int:
+    return sum(text.strip().casefold() in _NOTHING for text in texts)
+
+
+def _is_marked_bad(prompt: Prompt) -> bool:
+    """Whether a row says of its answer that it is not one to give, as public lists of both kinds do."""
+    return any(
+        label_word(value) == "0"
+        if folded(name) in _ANSWER_IS_SAFE
+        else folded(name) == "label" and value is False
+        for name, value in prompt.meta.items()
+    )
+
+
 def _plain(value: Any) -> Any:
     """A cell without the arrays, tuples and missing values that tables in memory bring."""
     if isinstance(value, str | Mapping | list) or value is None:
@@ -668,6 +724,12 @@ def _text_or_none(value: Any) -> str | None:
     if isinstance(value, float):
         value = int(value) if value.is_integer() else value
     return str(value) if isinstance(value, str | int | float) and str(value).strip() else None
+
+
+def _shared(value: Any) -> str | None:
+    """What prompts share; the word of a program for a missing value is nothing that they do."""
+    name = _text_or_none(value)
+    return None if name is None or name.strip().casefold() in _NOTHING else name
 
 
 def _with_unique_ids(read: list[Prompt], notes: list[str]) -> list[Prompt]:

@@ -1,284 +1,28 @@
-"""From text to rows, one after the other: JSON Lines, JSON in its many shapes, CSV, TSV and plain lines.
-
-And what columns are called.
-"""
+"""From text to rows, one after the other: JSON Lines, JSON in its many shapes, CSV, TSV and plain lines."""
 
 import csv
-import functools
 import json
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from safety_neurons import strict_json
 from safety_neurons.counting import numbered
 from safety_neurons.errors import InputError
+from safety_neurons.prompt_lists.classes import is_viewed, viewed_rows
+from safety_neurons.prompt_lists.columns import (
+    ABOUT,
+    ANSWER_COLUMNS,
+    LISTS,
+    METADATA,
+    SPLITS,
+    folded,
+    is_conversation_column,
+    is_known_column,
+)
 from safety_neurons.prompt_lists.records import ROLES, Message
-
-PROMPT_COLUMNS = (
-    "prompt",
-    "goal",
-    "instruction",
-    "question",
-    "forbidden_prompt",
-    "test_case",
-    "Behavior",
-    "text",
-    "query",
-    "request",
-    "user_prompt",
-    "adversarial",
-    "vanilla",
-    "jailbreak_query",
-    "redteam_query",
-    "user_input",
-    "prompts_final",
-    "problem",
-    "sentence",
-    "input",
-    "inputs",
-    "content",
-    "user",
-    "human",
-    "behaviour",
-)
-"""Columns of the request, the first one first, whatever their case."""
-ANSWER_COLUMNS = (
-    "response",
-    "output",
-    "answer",
-    "completion",
-    "target",
-    "chosen",
-    "assistant",
-    "generation",
-    "model_output",
-    "outputs",
-    "responses",
-    "generations",
-    "completions",
-    "answers",
-    "best_answer",
-    "targets",
-)
-CONVERSATION_COLUMNS = (
-    "messages",
-    "conversations",
-    "conversation",
-    "conversation_a",
-    "turns",
-    "dialog",
-    "dialogue",
-    "contents",
-    "data",
-)
-PAIR_COLUMNS = ("chosen", "rejected")
-"""Columns of preference pairs: whole conversations, where no other column holds the request."""
-REQUESTS_ONLY = "turns"
-"""A list of texts in a column of this name is requests, one after the other.
-
-In the others requests and answers take turns.
-"""
-SYSTEM_COLUMNS = (
-    "system",
-    "system_prompt",
-    "system_message",
-    "system_instruction",
-    "systemInstruction",
-    "instructions",
-    "preamble",
-)
-INPUT_COLUMNS = ("input", "context")
-CONTEXT_COLUMNS = ("ContextString", "context_string")
-ID_COLUMNS = ("id", "prompt_id", "BehaviorID", "behavior_id", "uid", "custom_id", "question_id")
-CATEGORY_COLUMNS = (
-    "category",
-    "categories",
-    "SemanticCategory",
-    "semantic_category",
-    "harm_category",
-    "type",
-)
-LANGUAGE_COLUMNS = ("language", "lang")
-GROUP_COLUMNS = (
-    "group",
-    "group_id",
-    "conversation_id",
-    "conversation_hash",
-    "dialogue_id",
-    "dialog_id",
-    "thread_id",
-    "cluster_id",
-)
-METADATA = frozenset(
-    [
-        "name",
-        "title",
-        "description",
-        "version",
-        "license",
-        "licence",
-        "author",
-        "authors",
-        "source",
-        "sources",
-        "url",
-        "homepage",
-        "citation",
-        "created",
-        "created_at",
-        "date",
-        "updated",
-        "language",
-        "languages",
-        "tags",
-        "keywords",
-        "columns",
-        "features",
-        "schema",
-        "metadata",
-        "meta",
-        "info",
-        "readme",
-        "note",
-        "notes",
-        "comment",
-        "model",
-        "format",
-        "split",
-        "dataset",
-    ]
-)
-"""Names of what is said about a list of prompts and is none itself."""
-LISTS = (
-    "prompts",
-    "examples",
-    "rows",
-    "data",
-    "samples",
-    "records",
-    "items",
-    "instances",
-    "questions",
-    "entries",
-    "behaviors",
-    "results",
-)
-"""Names under which a JSON object keeps its rows."""
-
-_KNOWN = frozenset(name.casefold() for name in PROMPT_COLUMNS)
-
-
-@functools.lru_cache(maxsize=1 << 12)
-def folded(name: object) -> str:
-    """A name without case, with `_` for spaces and hyphens."""
-    return re.sub(r"[\s-]+", "_", str(name).strip()).casefold()
-
-
-_ABOUT = frozenset(
-    map(
-        folded,
-        (*ID_COLUMNS, *CATEGORY_COLUMNS, *LANGUAGE_COLUMNS, *GROUP_COLUMNS, *SYSTEM_COLUMNS)
-        + ("ids", "label", "labels"),
-    )
-)
-"""Lists under these names, or those of answers, say something about the texts of the list beside them."""
-
-
-def is_known_column(name: object) -> bool:
-    """Whether a column of this name is taken for the prompt without being named by the user."""
-    return isinstance(name, str) and folded(name) in _KNOWN
-
-
-def is_conversation_column(name: object) -> bool:
-    """Whether a column of this name may hold turns."""
-    return isinstance(name, str) and folded(name) in CONVERSATION_COLUMNS
-
-
-def columns_of(columns: Iterable[str], wanted: Iterable[str]) -> list[str]:
-    """Columns under the wanted names, in the order of the names.
-
-    Of those that differ in case only the exact one, else the first.
-    """
-    by_case: dict[str, str] = {}
-    present = list(columns)
-    for column in present:
-        by_case.setdefault(folded(column), column)
-    exact = set(present)
-    names = (name if name in exact else by_case.get(folded(name)) for name in wanted)
-    return [column for column in names if column is not None]
-
-
-def find_column(columns: Iterable[str], wanted: Iterable[str]) -> str | None:
-    """The first wanted name that is a column, in any case."""
-    return next(iter(columns_of(columns, wanted)), None)
-
-
-def listed(columns: Iterable[str]) -> str:
-    """Column names for an error message: quoted, cut to a readable length."""
-    shown = [repr(column if len(column) <= 40 else column[:37] + "…") for column in columns]
-    return (
-        ", ".join(shown[:12]) + (f" and {len(shown) - 12} more" if len(shown) > 12 else "")
-        if shown
-        else "no columns"
-    )
-
-
-@dataclass(frozen=True)
-class ColumnPlan:
-    """The columns of rows that have the same columns: for each use those that may serve, the first one
-    first.
-    """
-
-    prompt: tuple[str, ...]
-    conversation: tuple[str, ...]
-    pair: tuple[str, ...]
-    answer: tuple[str, ...]
-    input: tuple[str, ...]
-    context: tuple[str, ...]
-    system: tuple[str, ...]
-    id: tuple[str, ...]
-    category: tuple[str, ...]
-    language: tuple[str, ...]
-    group: tuple[str, ...]
-
-
-def plan_for(present: tuple[str, ...], column: str | None, answer_column: str | None) -> ColumnPlan:
-    """The plan for rows of these columns.
-
-    Args:
-        present: The columns.
-        column: The prompt's column as the user named it; no other is looked at then.
-        answer_column: The answer's, likewise.
-    """
-
-    def of(*wanted: str) -> tuple[str, ...]:
-        return tuple(columns_of(present, wanted))
-
-    prompt = of(column) if column is not None else of(*PROMPT_COLUMNS)
-    if column is None and of("goal"):  # beside a goal, `Behavior` is its label
-        prompt = tuple(name for name in prompt if folded(name) != "behavior")
-    asks = {folded(name) for name in prompt}
-    joined = tuple(
-        name for name in of(*INPUT_COLUMNS) if folded(name) != "input" or asks & {"instruction", "prompt"}
-    )
-    return ColumnPlan(
-        prompt=prompt,
-        conversation=of(*CONVERSATION_COLUMNS) if column is None else (),
-        pair=of(*PAIR_COLUMNS) if column is None else (),
-        answer=of(answer_column) if answer_column is not None else of(*ANSWER_COLUMNS),
-        input=joined,
-        context=of(*CONTEXT_COLUMNS) if asks & {"behavior"} else (),
-        system=of(*SYSTEM_COLUMNS),
-        id=of(*ID_COLUMNS),
-        category=of(*CATEGORY_COLUMNS),
-        language=of(*LANGUAGE_COLUMNS),
-        group=of(*GROUP_COLUMNS),
-    )
-
 
 MOST_ROWS = 1_000_000
 """Rows that are read at most, unless fewer are asked for: each takes a third of a kilobyte of memory beside
@@ -286,6 +30,7 @@ its text.
 """
 _FIELD_LIMIT = threading.Lock()
 _LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+\Z")
+_COLUMN_NAME = re.compile(r"[A-Za-z_][\w-]{0,39}")
 _ESCAPED_QUOTE = re.compile(r'(?<!\\)((?:\\\\)*)\\"')
 
 
@@ -311,11 +56,46 @@ def parse_rows(text: str, suffix: str, name: str, column: str | None, notes: lis
         notes: Receives one line for each thing that was repaired, once the last row was read.
     """
     if suffix == ".txt":
-        text = text if "\n" in text else text.replace("\r", "\n")  # line ends of old Macs
-        return ({"text": line.removesuffix("\n").removesuffix("\r")} for line in _lines(text))
+        return _plain_lines(text, name, column, notes)
     if suffix in (".csv", ".tsv"):
         return _table(text, "," if suffix == ".csv" else "\t", name, column, notes)
     return _json_lines(text, name, column, notes) if suffix == ".jsonl" else _json(text, name, column, notes)
+
+
+def _plain_lines(text: str, name: str, column: str | None, notes: list[str]) -> Iterator[Row]:
+    """One row a line; what is plainly a file of another kind is read as that, or refused."""
+    if _is_json(text):
+        notes.append("named .txt but holds JSON; read as such")
+        return _json(text, name, column, [])
+    text = text if "\n" in text else text.replace("\r", "\n")  # line ends of old Macs
+    first = next(_lines(text), "").strip()
+    for delimiter in "\t;,|":
+        cells = first.split(delimiter)
+        if len(cells) > 1 and any(map(is_known_column, cells)) and all(map(_COLUMN_NAME.fullmatch, cells)):
+            raise InputError(
+                f"{name}: line 1, {first[:40]!r}, is the header of a table; expected a prompt a line; name "
+                "the file .csv or .tsv"
+            )
+    if is_known_column(first) and first.count(" ") == 0:
+        notes.append(f"line 1, {first!r}, looks like the name of a column; it is read as a prompt")
+    return ({"text": line.removesuffix("\n").removesuffix("\r")} for line in _lines(text))
+
+
+def _is_json(text: str) -> bool:
+    """Whether a text is JSON: an object, a list of objects or texts, or an object a line."""
+    if text.lstrip()[:1] not in ("{", "["):
+        return False
+    try:
+        whole = [_line_value(line) for line in _lines(text) if line.strip()] if _holds_lines(text) else None
+        whole = strict_json.loads(text, lenient=True) if whole is None else whole
+    except strict_json.RefusedJSON:
+        return True
+    except ValueError:
+        return False
+    kinds = (dict,) if isinstance(whole, dict) or _holds_lines(text) else (dict, str)
+    return bool(whole) and all(
+        isinstance(one, kinds) for one in ([whole] if isinstance(whole, dict) else whole)
+    )
 
 
 def _lines(text: str) -> Iterator[str]:
@@ -513,8 +293,11 @@ def _of_object(whole: Mapping[str, Any], name: str, column: str | None, notes: l
         return _split(_distinct(list(map(str, header)), name, column, notes), data)
     if _role_of(whole):
         return [{"messages": [whole]}]
+    if is_viewed(whole):
+        return (Unread(row) if isinstance(row, str) else row for row in viewed_rows(whole, notes))
     named = [key for key in whole if key == column or is_known_column(key)]
     if any(not isinstance(whole[key], list | dict) for key in named):
+        _refuse_list_beside(whole, name, column, named)
         return [dict(whole)]
     turns = [
         value[0]
@@ -528,6 +311,7 @@ def _of_object(whole: Mapping[str, Any], name: str, column: str | None, notes: l
         for key in named
     ):
         return _by_column(whole, named, name, notes)
+    _refuse_parts(whole, name)
     inner = next(
         (
             key
@@ -544,7 +328,7 @@ def _of_object(whole: Mapping[str, Any], name: str, column: str | None, notes: l
     ]
     about = any(
         folded(key) in ANSWER_COLUMNS
-        or (folded(key) in _ABOUT and len(whole[key]) == len(whole[inner or key]))
+        or (folded(key) in ABOUT and len(whole[key]) == len(whole[inner or key]))
         for key in beside
     )
     if inner is not None and about and all(isinstance(value, str) for value in whole[inner]):
@@ -561,6 +345,43 @@ def _of_object(whole: Mapping[str, Any], name: str, column: str | None, notes: l
     if len(records) == 1 and len(beside) <= 1:
         return _as_rows(records[0])
     return _by_category(whole, name, notes)
+
+
+def _refuse_list_beside(
+    whole: Mapping[str, Any], name: str, column: str | None, named: Sequence[str]
+) -> None:
+    """A text under the name of a prompt may be said about a list of prompts beside it, or be the prompt."""
+    beside = [
+        key
+        for key, value in whole.items()
+        if folded(key) in LISTS and isinstance(value, list) and value and all(map(_is_row, value))
+    ]
+    if beside and column is None:
+        raise InputError(
+            f"{name}: a text under {named[0]!r} and a list under {beside[0]!r}; expected the prompts in "
+            "one of them; keep that one, or name the column of the text with --column"
+        )
+
+
+def _is_row(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, Mapping) and any(map(is_known_column, value)))
+
+
+def _refuse_parts(whole: Mapping[str, Any], name: str) -> None:
+    """The splits of a data set are not one list of prompts."""
+    parts = [
+        key for key, value in whole.items() if isinstance(value, list | dict) and folded(key) not in METADATA
+    ]
+    if len(parts) > 1 and all(folded(part) in SPLITS for part in parts):
+        raise parts_of(name, parts)
+
+
+def parts_of(name: str, parts: Sequence[str]) -> InputError:
+    """What is said of a data set of several splits."""
+    return InputError(
+        f"{name}: a data set of {len(parts)} parts ({', '.join(map(repr, parts[:5]))}); expected one; choose "
+        "one by its name"
+    )
 
 
 def _as_rows(items: Iterable[Any], start: int = 1) -> Iterator[Row]:
@@ -644,6 +465,9 @@ def _by_category(whole: Mapping[str, Any], name: str, notes: list[str], above: s
             "expected a list of records; put the prompts in a list"
         )
     notes += [f"left out what stands beside the prompts: {_shown(left)}"] if left else []
+    if keys := [str(key) for key, value in whole.items() if isinstance(value, str) and str(key) not in left]:
+        said = numbered(len(keys), "text is read as a prompt", "texts are read as prompts")
+        notes.append(f"{said}, by the keys {_shown(keys)}, which are taken for ids")
     return rows
 
 
@@ -711,8 +535,11 @@ def _distinct(header: list[str], name: str, column: str | None, notes: list[str]
 
 
 def _dicts(header: list[str], cells: "Cells", notes: list[str]) -> Iterator[Row]:
-    short = whole = 0
+    short = whole = again = 0
     for row in cells:
+        if len(row) == len(header) and [cell.strip() for cell in row] == cells.names:
+            again += 1
+            continue
         if len(row) < 2 and not any(cell.strip() for cell in row):
             continue
         if len(row) > len(header) and any(cell.strip() for cell in row[len(header) :]):
@@ -726,6 +553,8 @@ def _dicts(header: list[str], cells: "Cells", notes: list[str]) -> Iterator[Row]
         short += len(row) < len(header)
         yield dict(zip(header, row, strict=False))
     notes += cells.notes()
+    if again:
+        notes.append(f"left out {numbered(again, 'row that repeats', 'rows that repeat')} the header")
     if short:
         notes.append(
             f"{numbered(short, 'row has', 'rows have')} fewer cells than the header; the missing ones are "
@@ -746,6 +575,7 @@ class Cells:
     Attributes:
         delimiter: What separates cells.
         row: Number of the last row, counted from 1.
+        names: Cells of the header, once it was read.
         plain: Whether the last row held no quotation marks around its cells.
     """
 
@@ -757,15 +587,16 @@ class Cells:
         self.row, self._line, self._width = 0, 0, 0
         self._loose = self._escaped = self._swallowed = 0
         self._spaced = False
+        self.names: list[str] = []
         self._quotes_behind_spaces = f'{delimiter} "' in text
         self.plain = True
 
     def header(self) -> list[str]:
         """The first row that is not blank, its cells without outer spaces."""
         row = next((row for row in self if any(cell.strip() for cell in row)), [])
-        self._width = len(row)
+        self._width, self.names = len(row), [cell.strip() for cell in row]
         self._spaced = self._quotes_behind_spaces and all(cell.startswith(" ") for cell in row[1:])
-        return [cell.strip() for cell in row]
+        return self.names
 
     def notes(self) -> list[str]:
         """A line for each thing that was repaired."""

@@ -13,8 +13,8 @@ from typing import Any, overload
 from safety_neurons import strict_json
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.prompt_lists import Message, Prompt, Prompts, normalised, prompts
+from safety_neurons.prompt_lists.columns import LISTS, folded, is_known_column
 from safety_neurons.prompt_lists.readers import read_text
-from safety_neurons.prompt_lists.tables import LISTS, folded, is_known_column
 from safety_neurons.results.run import write_bytes
 
 STATIC, ADAPTIVE = "static-transfer", "adaptive"

@@ -20,19 +20,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from safety_neurons import strict_json
 from safety_neurons.counting import numbered
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.prompt_lists import Prompt, Prompts, prompts
+from safety_neurons.prompt_lists.classes import class_names, with_class_names
+from safety_neurons.prompt_lists.columns import CONVERSATION_COLUMNS, PROMPT_COLUMNS, folded
 from safety_neurons.prompt_lists.readers import file_format, list_kind, read_text
 from safety_neurons.prompt_lists.records import label_word
 from safety_neurons.prompt_lists.rows import COMPLIES, prompts_of
-from safety_neurons.prompt_lists.tables import (
-    CONVERSATION_COLUMNS,
-    PROMPT_COLUMNS,
-    folded,
-    parse_rows,
-    readable,
-)
+from safety_neurons.prompt_lists.tables import parse_rows, readable
 from safety_neurons.suites.catalogue import (
     KINDS,
     Location,
@@ -108,7 +105,7 @@ def table_rows(
     """
     path, shown = source.path, str(source.path)
     if path.suffix.lower() == ".parquet":
-        return _parquet(path.read_bytes(), shown)
+        return _parquet(path.read_bytes(), shown, notes)
     suffix = file_format(path)
     text, repairs = read_text(path)
     notes += repairs
@@ -181,7 +178,7 @@ def _with_header(
     return delimiter.join(columns) + "\n" + text
 
 
-def _parquet(data: bytes, shown: str) -> list[Row]:
+def _parquet(data: bytes, shown: str, notes: list[str]) -> list[Row]:
     try:
         import pyarrow.parquet as parquet
     except ImportError:
@@ -189,11 +186,15 @@ def _parquet(data: bytes, shown: str) -> list[Row]:
             f"{shown}: reading Parquet needs pyarrow; install it, or convert the file to CSV or JSON Lines"
         ) from None
     try:
-        return parquet.read_table(io.BytesIO(data)).to_pylist()
+        table = parquet.read_table(io.BytesIO(data))
+        about = strict_json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"), lenient=True)
+        rows = table.to_pylist()
     except (OSError, ValueError) as error:
         raise InputError(
             f"{shown}: not a Parquet file that can be read ({error}); expected a whole one; download it again"
         ) from None
+    info = about.get("info") if isinstance(about, Mapping) else None
+    return list(with_class_names(rows, class_names(info and info.get("features")), notes))
 
 
 def _by_language(
@@ -700,7 +701,9 @@ def _own(source: str | Path, sources: Mapping[str, Source], kind: str | None, co
         )
     file = sources[""]
     parquet = file.path.suffix.lower() == ".parquet"
-    read_prompts = prompts(table_rows(file, []) if parquet else file.path, column=column)
+    repairs: list[str] = []
+    read_prompts = prompts(table_rows(file, repairs) if parquet else file.path, column=column)
+    read_prompts.notes[:0] = repairs
     name = _own_name(text) or (file.origin if text.startswith(HUB) else file.path.name)
     labels = {key for prompt in read_prompts for key in prompt.meta if folded(key) in _LABELS}
     if labels and kind is None:
