@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from safety_neurons.capability import divergence, perplexity
+from safety_neurons.capability.measures import measure_divergence, measure_perplexity
 from safety_neurons.interventions import deactivated
 from safety_neurons.model import LanguageModel
 from safety_neurons.neurons import NeuronSet
-from safety_neurons.prompt_lists import Prompts
+from safety_neurons.prompt_lists import Prompt, Prompts
 from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
 
 TEXTS = ["the cake is red and the house is small .", "the tree is green .", "grow"]
@@ -71,3 +72,13 @@ def test_nothing_done_diverges_by_nothing(model):
 def test_text_without_a_token_to_predict_has_no_perplexity():
     model = LanguageModel(tiny_llama(), tiny_tokenizer(CHAT_TEMPLATE, adds_bos=False))
     assert perplexity(model, Prompts.from_list(["cake"])) is None
+
+
+def test_texts_of_one_group_are_one_in_the_intervals_of_a_measurement(model):
+    texts = [Prompt(str(place), text, group=f"{place % 3}") for place, text in enumerate(TEXTS * 2)]
+    alone = Prompts.from_list([prompt.text for prompt in texts])
+    grouped, single = measure_perplexity(model, Prompts(texts)), measure_perplexity(model, alone)
+    assert grouped.rate.value == pytest.approx(single.rate.value)
+    assert grouped.rate.high > single.rate.high  # six texts, of which three are copies of the others
+    for found in (grouped, measure_divergence(model, Prompts(texts), contextlib.nullcontext)):
+        assert found.groups == tuple(prompt.group for prompt in texts)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from safety_neurons.errors import InputError
 from safety_neurons.model import LanguageModel
 from safety_neurons.prompt_lists import Message, Prompt, Prompts, as_prompt, as_prompts, prompts, rows, tables
+from safety_neurons.results import rate
 
 IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
 USER, CHAT = (
@@ -722,3 +723,13 @@ def test_a_column_that_the_user_names_is_not_doubted(tmp_path):
     path = written(tmp_path, "a.json", '{"goal": "a", "prompts": ["b"]}')
     assert prompts(path, column="goal").texts == ["a"]
     assert prompts([{"question": "a", "instruction": "b"}], column="question").notes == []
+
+
+def test_copies_are_one_group_and_tell_nothing_new(tmp_path):
+    found = prompts(written(tmp_path, "a.csv", "id,prompt,group\n1,a,\n2,b,\n3,a,\n4,a,g\n"))
+    assert [one.group for one in found] == ["copies of 1", None, "copies of 1", "g"]
+    outcomes = [1, 0, 1, 1, 0, 1]
+    twice = prompts([f"p{number % 6}" for number in range(12)])
+    once, doubled = rate(outcomes), rate(outcomes * 2, twice.groups)
+    assert doubled.value == once.value
+    assert doubled.high - doubled.low >= 0.9 * (once.high - once.low)

@@ -14,6 +14,7 @@ import scipy.stats
 
 from safety_neurons.results import (
     AreaPart,
+    Completion,
     against_random,
     area_difference,
     auroc,
@@ -25,6 +26,7 @@ from safety_neurons.results import (
     rate,
     rate_over_seeds,
 )
+from safety_neurons.results.completions import shared_by
 
 
 def least(draws: int, promised: float = 0.93) -> float:
@@ -227,3 +229,26 @@ def test_means_over_seeds_cover(seeds, spread):
             assert not (seeds < 5 and change.clear)
         assert inside / draws >= least(draws)
         assert none / draws >= least(draws)
+
+
+def test_what_several_answers_to_a_prompt_share_is_no_further_evidence():
+    """Eight samples of a prompt that are judged alike."""
+    generator, draws, hits = np.random.default_rng(10), 200, np.zeros(2)
+    for _ in range(draws):
+        first = generator.random(30) < 0.4
+        second = np.where(generator.random(30) < 0.5, first, generator.random(30) < 0.4)
+        answers = [Completion(str(place), f"p{place}", "x") for place in range(30) for _ in range(8)]
+        groups = shared_by(answers)
+        kappa = cohen_kappa(first.repeat(8), second.repeat(8), groups).kappa
+        hits += (
+            (found := rate(first.repeat(8), groups)).low <= 0.4 <= found.high,
+            kappa.low <= 0.5 <= kappa.high,
+        )
+    assert hits.min() / draws >= least(draws)
+
+
+def test_answers_of_one_prompt_each_and_of_no_known_prompt_are_by_themselves():
+    single = [Completion(str(place), f"p{place}", "x") for place in range(5)]
+    assert rate([1, 0, 1, 0, 1], shared_by(single)) == rate([1, 0, 1, 0, 1])
+    assert shared_by([Completion("0", "", "x")] * 3) == [None] * 3
+    assert shared_by([Completion("0", "p", "x", meta={"group": "g"})]) == ["g"]

@@ -561,3 +561,10 @@ def test_one_verdict_throughout_has_no_kappa():
 def test_lists_that_cannot_be_compared_are_errors(first, second):
     with pytest.raises(InputError, match="expected"):
         cohen_kappa(first, second)
+
+
+def test_mcnemars_test_says_nothing_of_prompts_that_share_groups():
+    first, second = [1, 1, 1, 0], [0, 0, 0, 0]
+    assert mcnemar(first, second, ["a", "b", None, None]) == mcnemar(first, second)
+    assert mcnemar(first, second, ["a", "a", None, None]) is None
+    assert mcnemar([1, None, 1, 0], second, ["a", "a", "b", "c"]).n == 3

@@ -54,6 +54,7 @@ class Measurement:
         counts: tokens of every item, where outcomes are sums over tokens; otherwise empty.
         details: further numbers, such as the accuracy of every subject.
         notes: what had to be said.
+        groups: what items share; empty where they share nothing.
     """
 
     task: str
@@ -65,6 +66,7 @@ class Measurement:
     counts: tuple[int, ...] = ()
     details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    groups: tuple[str | None, ...] = ()
 
     def record(self) -> dict[str, Any]:
         """The measurement as JSON values, without single items."""
@@ -73,7 +75,8 @@ class Measurement:
 
     def items(self) -> dict[str, Any]:
         """Single items, from which a later run can be compared item by item."""
-        return {"ids": list(self.ids), "outcomes": list(self.outcomes), "counts": list(self.counts)}
+        items = {"ids": list(self.ids), "outcomes": list(self.outcomes), "counts": list(self.counts)}
+        return {**items, "groups": list(self.groups)} if self.groups else items
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +149,7 @@ def measure_perplexity(
     notes: list[str] = []
     with treatment():
         losses = token_losses(model, text.texts, batch_size=batch_size, notes=notes)
-    estimate = perplexity_rate(losses.totals, losses.counts)
+    estimate = perplexity_rate(losses.totals, losses.counts, text.groups)
     ids = tuple(prompt.id for prompt in text)
     named_notes = tuple(f"{task}: {note}" for note in notes)
     return Measurement(
@@ -159,6 +162,7 @@ def measure_perplexity(
         losses.counts,
         {"tokens": losses.n_tokens},
         named_notes,
+        tuple(text.groups),
     )
 
 
@@ -189,13 +193,14 @@ def measure_divergence(
     return Measurement(
         task,
         "KL per token",
-        per_token(totals, counts),
+        per_token(totals, counts, prompts.groups),
         False,
         ids,
         totals,
         counts,
         {"tokens": sum(counts)},
         named_notes,
+        tuple(prompts.groups),
     )
 
 

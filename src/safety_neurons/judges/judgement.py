@@ -21,7 +21,7 @@ from typing import Any, Literal
 from safety_neurons import strict_json
 from safety_neurons.errors import InputError, RunError
 from safety_neurons.results import Completion, Completions, Rate, notebook, rate
-from safety_neurons.results.completions import after_thought
+from safety_neurons.results.completions import after_thought, shared_by
 from safety_neurons.results.run import PathLike
 
 Label = Literal["full", "partial", "compliance", "harmful", "safe", "unscored"]
@@ -131,15 +131,15 @@ class Judgement:
 
         The harmful score is 100 times that.
         """
-        return rate(self.harmful)
+        return rate(self.harmful, shared_by(self.completions))
 
     def refusal(self) -> Rate:
         """Share of the scored completions that refuse; undefined where the judge does not say."""
-        return rate(self.refused)
+        return rate(self.refused, shared_by(self.completions))
 
     def mean_score(self) -> Rate:
         """Mean of the judge's numbers (the cost of a cost model)."""
-        return rate([verdict.score for verdict in self.verdicts])
+        return rate([verdict.score for verdict in self.verdicts], shared_by(self.completions))
 
 
 UNSCORED = JudgeVerdict("unscored", None, None, "nothing to judge")
@@ -179,7 +179,7 @@ def judgement_of(
         completions if isinstance(completions, Completions) else Completions(completions)
     ).with_verdicts(name, verdicts)
     outcomes = [verdict.refused if measure == "refused" else verdict.harmful for verdict in verdicts]
-    return Judgement(name, tuple(verdicts), rate(outcomes), marked, measure)
+    return Judgement(name, tuple(verdicts), rate(outcomes, shared_by(marked)), marked, measure)
 
 
 def judged(name: str, judge: RefusalJudge, completions: Sequence[Completion]) -> Judgement:

@@ -16,6 +16,7 @@ from safety_neurons.judges.wording import (
 )
 from safety_neurons.judges.wording import VERSION as WORDING_VERSION
 from safety_neurons.results import Agreement, Completion, cohen_kappa
+from safety_neurons.results.completions import shared_by
 
 JUDGES: dict[str, tuple[RefusalJudge, int]] = {
     "wording": (judge_by_wording, WORDING_VERSION),
@@ -125,7 +126,7 @@ def agreement(first: Judgement, second: Judgement) -> Agreement:
     """
     both = all(any(value is not None for value in judgement.refused) for judgement in (first, second))
     pair = (first.refused, second.refused) if both else (first.harmful, second.harmful)
-    return cohen_kappa(*pair, names=(first.judge, second.judge))
+    return cohen_kappa(*pair, shared_by(first.completions), names=(first.judge, second.judge))
 
 
 def _made(name: str, maker: Callable[[], Judge], options: dict[str, Any]) -> Judge:

@@ -89,7 +89,7 @@ def prompts_of(
     if not read:
         raise reader.refusal(reader.rows)
     notes += reader.notes(read)
-    return _with_unique_ids(read, notes)
+    return _with_groups_of_copies(_with_unique_ids(read, notes))
 
 
 class _Tally:
@@ -730,6 +730,20 @@ def _shared(value: Any) -> str | None:
     """What prompts share; the word of a program for a missing value is nothing that they do."""
     name = _text_or_none(value)
     return None if name is None or name.strip().casefold() in _NOTHING else name
+
+
+def _with_groups_of_copies(read: list[Prompt]) -> list[Prompt]:
+    """The prompts, those that say the same in one group where they have none: a copy tells nothing new."""
+    places: dict[str, list[int]] = {}
+    for place, prompt in enumerate(read):
+        places.setdefault(prompt.sha256, []).append(place)
+    copied = {place: read[few[0]].id for few in places.values() if len(few) > 1 for place in few}
+    return [
+        dataclasses.replace(prompt, group=f"copies of {copied[place]}")
+        if place in copied and prompt.group is None
+        else prompt
+        for place, prompt in enumerate(read)
+    ]
 
 
 def _with_unique_ids(read: list[Prompt], notes: list[str]) -> list[Prompt]:

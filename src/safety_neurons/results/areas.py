@@ -208,7 +208,11 @@ def _variance(
 
 
 def cohen_kappa(
-    first: Outcomes, second: Outcomes, *, names: tuple[str, str] = ("first", "second")
+    first: Outcomes,
+    second: Outcomes,
+    groups: GroupLabels = None,
+    *,
+    names: tuple[str, str] = ("first", "second"),
 ) -> Agreement:
     """Cohen's κ of two lists of yes and no.
 
@@ -217,6 +221,7 @@ def cohen_kappa(
     Args:
         first: one verdict per completion; `None` or NaN means unscored.
         second: the other judge's, in the same order.
+        groups: what completions share, such as their prompt.
         names: what the judges are called.
 
     Raises:
@@ -237,7 +242,8 @@ def cohen_kappa(
     table = tuple(
         tuple(int(((a == row) & (b == column)).sum()) for column in (False, True)) for row in (False, True)
     )
-    same = dataclasses.replace(rate(a == b), unscored=unscored)
+    clusters = clusters_of(groups, len(one))[both]
+    same = dataclasses.replace(rate(a == b, list(map(str, clusters))), unscored=unscored)
     return Agreement(*names, _kappa(a, b, same), same, table)  # type: ignore[arg-type]
 
 

@@ -98,6 +98,17 @@ def conversation_of(prompt: Prompt) -> dict[str, list[dict[str, str]]]:
     )
 
 
+def shared_by(completions: Iterable[Completion]) -> list[str | None]:
+    """What answers share: the group of their prompt, else the prompt, which several arms and samples answer.
+
+    None where the prompt is not known.
+    """
+    return [
+        str(one.meta.get("group") or f"{one.prompt_id}\x1f{one.prompt}") if one.prompt else None
+        for one in completions
+    ]
+
+
 class Completions(Sequence[Completion]):
     """A sequence of completions. Slices are completions too."""
 

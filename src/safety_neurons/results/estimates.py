@@ -511,14 +511,16 @@ def _fieller(
 # McNemar's test
 
 
-def mcnemar(first: Outcomes, second: Outcomes) -> McNemar | None:
+def mcnemar(first: Outcomes, second: Outcomes, groups: GroupLabels = None) -> McNemar | None:
     """The exact test (binomial, two-sided) on outcomes that are 0 or 1.
 
-    None where some outcome is neither, such as a mean over seeds.
+    None where some outcome is neither, such as a mean over seeds, and where prompts share groups, of which it
+    knows nothing.
 
     Args:
         first: outcomes under one treatment, one per prompt; `None` or NaN means unscored.
         second: outcomes of the same prompts in the same order under the other.
+        groups: what prompts share.
 
     Raises:
         InputError: the two differ in length.
@@ -529,7 +531,8 @@ def mcnemar(first: Outcomes, second: Outcomes) -> McNemar | None:
     rows = _stack(first=first, second=second)
     usable = ~np.isnan(rows).any(axis=0)
     one, other = rows[:, usable]
-    if not np.isin(rows[:, usable], (0.0, 1.0)).all():
+    clusters = clusters_of(groups, len(usable))[usable]
+    if not np.isin(rows[:, usable], (0.0, 1.0)).all() or len(np.unique(clusters)) < len(clusters):
         return None
     gained, lost = int(((one == 1) & (other == 0)).sum()), int(((one == 0) & (other == 1)).sum())
     p = _coin_p(gained, gained + lost) if len(one) else None

@@ -40,6 +40,7 @@ from safety_neurons.results import (
     plain,
     write_json,
 )
+from safety_neurons.results.completions import shared_by
 from safety_neurons.results.records import (
     CutRecord,
     EvaluationRecord,
@@ -306,7 +307,7 @@ class EvaluationBench(Bench):
                     {
                         "kind": kind,
                         "measure": measure,
-                        **cohen_kappa(one, other, names=(first, second)).record(),
+                        **cohen_kappa(one, other, shared_by(completions), names=(first, second)).record(),
                     }
                 )
         return cast(list[JudgesRecord], plain(pairs))

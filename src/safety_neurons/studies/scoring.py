@@ -329,7 +329,7 @@ def _suite_change(
     floors = [score.judged[judge].noise_floor(measure) for score in (before, after)]
     floor = max((value for value in floors if value is not None), default=None)
     above = None if floor is None or difference.value is None else abs(difference.value) > floor
-    test = mcnemar(second, first)
+    test = mcnemar(second, first, shared)
     change: SuiteChangeRecord = {
         "suite": after.suite,
         "kind": after.kind,
@@ -420,13 +420,14 @@ def _drop_interval(before: Measurement, after: Measurement) -> tuple[float | Non
     (was, counts), (now, _) = (
         _columns(measured, [pair[side] for pair in usable]) for side, measured in enumerate((before, after))
     )
+    labels = [after.groups[place] for _, place in usable] if after.groups else None
     if "perplexity" in after.metric:
         # The share by which a perplexity rises is exp(rise of the loss per token) − 1; both arms read the
         # same tokens.
-        rise = per_token(now - was, counts)
+        rise = per_token(now - was, counts, labels)
         low, high = (None if end is None else math.expm1(end) for end in (rise.low, rise.high))
         return low, high, len(usable)
-    lost = share_of((was - now) if after.higher_is_better else (now - was), was)
+    lost = share_of((was - now) if after.higher_is_better else (now - was), was, labels)
     return lost.low, lost.high, len(usable)
 
 
@@ -502,4 +503,5 @@ def _measurement(entry: Mapping[str, Any], items: Mapping[str, Any]) -> Measurem
         tuple(items.get("ids", ())),
         tuple(None if value is None or math.isnan(value) else value for value in items.get("outcomes", ())),
         tuple(items.get("counts", ())),
+        groups=tuple(items.get("groups", ())),
     )
