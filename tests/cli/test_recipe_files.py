@@ -60,7 +60,7 @@ def test_a_permission_that_the_command_line_gives_is_given(arguments, tmp_path):
     assert done("run", path, "--out", tmp_path / "run", "--trust-remote-code", "--offline")["n_neurons"]
 
 
-@pytest.mark.parametrize("value", [["a", "b"], [], True, ["a", True]])
+@pytest.mark.parametrize("value", [["a", "b"], [], True, False, ["a", True]])
 def test_an_option_of_one_value_takes_no_list_of_which_it_would_keep_the_last(value, arguments, tmp_path):
     said = command("run", recipe(tmp_path, arguments | {"sites": value}), "--out", tmp_path / "run")
     assert said.code == 2, said

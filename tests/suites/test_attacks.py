@@ -317,3 +317,35 @@ def test_a_prompt_is_after_the_longest_request_that_it_holds(tmp_path):
     goals = Prompts([Prompt("a", "Pick a lock"), Prompt("b", "Pick a lock in the dark")])
     listed = save(tmp_path / "a.txt", "As a poet, pick a lock in the dark\n")
     assert import_attacks(listed, goals=goals)[0].goal == "Pick a lock in the dark"
+
+
+PLAIN = {
+    "a behaviour beside an attack": ("a.jsonl", '{"behavior": "b", "attack": "a"}', ("b", "a", False)),
+    "a goal beside an attack": ("a.csv", "goal,jailbreak_prompt\ng,a\n", ("g", "a", False)),
+    "the label of a goal": ("a.csv", "Goal,Target,Behavior\ng,Sure,Noise\n", ("", "g", False)),
+    "adaptive in a table": ("a.csv", "goal,prompt,adaptive\ng,p,True\n", ("g", "p", True)),
+    "not adaptive in a table": ("a.csv", "goal,prompt,adaptive\ng,p,0.0\n", ("g", "p", False)),
+}
+
+
+@pytest.mark.parametrize("case", PLAIN)
+def test_attacks_of_plain_lists_are_told_from_what_they_are_after(tmp_path, case):
+    name, content, wanted = PLAIN[case]
+    (tmp_path / name).write_text(content)
+    (found,) = import_attacks(tmp_path / name)
+    assert (found.goal, found.prompt, found.adaptive) == wanted
+
+
+def test_what_is_no_behaviour_is_none_and_what_adaptive_may_mean_is_refused(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"description": ["a set of attacks"], "b1": ["x"]}))
+    found = import_attacks(path)
+    assert [item.behavior_id for item in found] == ["b1"]
+    assert found.notes[0] == "left out what stands beside the test cases: description"
+    path.write_text(json.dumps({"train": ["x"], "test": ["y"]}))
+    with pytest.raises(InputError, match="2 parts"):
+        import_attacks(path)
+    table = tmp_path / "a.csv"
+    table.write_text("goal,prompt,adaptive\ng,p,partly\n")
+    with pytest.raises(InputError, match="adaptive 'partly'; expected true or false"):
+        import_attacks(table)

@@ -379,7 +379,8 @@ def command_words(
     wanted = {
         option.replace("-", "_"): value
         for option, value in arguments.items()
-        if value is not None and value is not False
+        if value is not None
+        and (value is not False or not getattr(options.get(option.replace("-", "_")), "is_flag", True))
     }
     for option in PERMISSIONS:
         if option in wanted and option not in given:
@@ -422,7 +423,7 @@ def command_words(
             if value is not True:
                 raise UsageError(f"{recipe}: {option} is {str(value)[:40]!r}; expected true or false")
             line.append(one.opts[0])
-        elif any(part is True for part in values):
+        elif any(isinstance(part, bool) for part in values):
             raise UsageError(f"{recipe}: {option} is {str(value)[:40]!r}; expected text or a number")
         else:
             line += [f"{one.opts[0]}={part}" for part in values]

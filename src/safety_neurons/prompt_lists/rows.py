@@ -43,6 +43,8 @@ COMPLIES = re.compile(r"\s*(sure|of course|certainly|absolutely)\b[^.\n]{0,20}\b
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _NOTHING = frozenset({"nan", "none", "null", "<na>", "undefined", "n/a"})
 _NUMBER = re.compile(r"\s*[-+]?\d[\d.,]*\s*")
+_BARE = frozenset({"goal", "behavior", "behaviour"})
+"""Columns that hold the bare request beside the prompt that is put, as files of attacks have them."""
 _ANSWER_IS_SAFE = ("is_safe", "is_response_safe", "response_is_safe", "safe")
 _ARGUMENTS = {"doc", "arguments"}
 """What a sample of lm-evaluation-harness has: the document, and the texts that were put to the model."""
@@ -428,7 +430,7 @@ class _RowReader:
         for name, value in row.items():
             if name in known or folded(name) in METADATA or _is_blank(value):
                 continue
-            if folded(name) in asks and isinstance(value, str):
+            if folded(name) in asks - _BARE and isinstance(value, str):
                 self._aside.add(name, self._number, value not in said)
             elif isinstance(value, list | Mapping) and name not in plan.conversation:
                 self._unread.add(name, self._number)

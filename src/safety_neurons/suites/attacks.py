@@ -13,13 +13,24 @@ from typing import Any, overload
 from safety_neurons import strict_json
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.prompt_lists import Message, Prompt, Prompts, normalised, prompts
-from safety_neurons.prompt_lists.columns import LISTS, folded, is_known_column
+from safety_neurons.prompt_lists.columns import LISTS, METADATA, SPLITS, folded, is_known_column
 from safety_neurons.prompt_lists.readers import read_text
+from safety_neurons.prompt_lists.records import label_word
 from safety_neurons.results.run import write_bytes
 
 STATIC, ADAPTIVE = "static-transfer", "adaptive"
 """What a result under attack is called: the prompt was made without the model in hand, or optimised on it."""
 DEFAULT_OPENING = "Sure, here is what you asked for:"
+
+ATTACK_COLUMNS = (
+    "attack",
+    "attack_prompt",
+    "attacked_prompt",
+    "adversarial_prompt",
+    "jailbreak",
+    "jailbreak_prompt",
+)
+"""Columns of a plain list that hold the attack, whatever else looks like a prompt: a behaviour, a request."""
 
 AS = ("prompts", "suffixes", "templates")
 _SLOT = re.compile(
@@ -217,7 +228,7 @@ def _reader(parsed: Any) -> Reader | None:
     if isinstance(parsed, dict) and isinstance(parsed.get("jailbreaks"), list):
         return _jailbreakbench
     cases = isinstance(parsed, dict) and parsed and all(_is_cases(value) for value in parsed.values())
-    if cases and not any(is_known_column(key) or folded(key) in LISTS for key in parsed):
+    if cases and not any(is_known_column(key) or folded(key) in (*LISTS, *SPLITS) for key in parsed):
         return _harmbench
     records = parsed if isinstance(parsed, list) else []
     if records and all(isinstance(item, dict) and set(item) >= _OWN for item in records):
@@ -275,8 +286,10 @@ def _harmbench(parsed: Any, path: Path, notes: list[str]) -> list[AttackPrompt]:
     at = parts.index("test_cases") if "test_cases" in parts else 0
     method, model = (parts[at - 2], parts[at - 1]) if at >= 2 else ("unknown", "")
     attacks, skipped = [], 0
+    about = [key for key in parsed if folded(key) in METADATA]
+    notes += [f"left out what stands beside the test cases: {', '.join(about)}"] if about else []
     for behavior, cases in parsed.items():
-        for case in cases:
+        for case in () if behavior in about else cases:
             if isinstance(case, str) and case.strip():
                 attacks.append(AttackPrompt(str(behavior), "", case, method, model))
             else:
@@ -304,9 +317,12 @@ def _own(parsed: Any, path: Path, _: list[str]) -> list[AttackPrompt]:
 
 def _plain_list(path: Path, read_as: str, goals: Prompts | None, notes: list[str]) -> list[AttackPrompt]:
     read = prompts(path)
+    attack = next((key for prompt in read for key in prompt.meta if folded(key) in ATTACK_COLUMNS), None)
+    if attack is not None:
+        read = prompts(path, column=attack)
     notes += read.notes
     if read_as == "prompts":
-        return [_from_prompt(prompt) for prompt in read]
+        return [_from_prompt(prompt, wrapped=attack is not None) for prompt in read]
     if goals is None:
         raise InputError(
             f"{path}: {read_as} need the requests they are for; expected --goals with a suite's file"
@@ -334,12 +350,16 @@ def _combined(goal: str, text: str, read_as: str) -> str:
     return f"{goal} {text}" if read_as == "suffixes" else _SLOT.sub(lambda _: goal, text)
 
 
-def _from_prompt(prompt: Prompt) -> AttackPrompt:
+def _from_prompt(prompt: Prompt, *, wrapped: bool) -> AttackPrompt:
+    """The attack of a row; beside an attack a behaviour is the goal, beside a goal the label of it."""
     fields = {str(key).casefold(): value for key, value in prompt.meta.items()}
     text = {
         name: str(fields.get(name) or "")
-        for name in ("goal", "method", "source_model", "target", "behavior_id")
+        for name in ("goal", "behavior", "behaviour", "method", "source_model", "target", "behavior_id")
     }
+    adaptive = label_word(fields.get("adaptive"))
+    if adaptive not in ("", "0", "1"):
+        raise InputError(f"attack {prompt.id!r} has adaptive {adaptive[:20]!r}; expected true or false")
     meta = {
         key: value
         for key, value in (
@@ -352,11 +372,11 @@ def _from_prompt(prompt: Prompt) -> AttackPrompt:
     }
     return AttackPrompt(
         text["behavior_id"] or prompt.id,
-        text["goal"],
+        text["goal"] or (wrapped and (text["behavior"] or text["behaviour"])) or "",
         prompt.text,
         text["method"] or "unknown",
         text["source_model"],
-        False,
+        adaptive == "1",
         meta,
     )
 
