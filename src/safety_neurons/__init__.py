@@ -66,6 +66,7 @@ _HOME = {
     "find_swap_attribution": "detectors",
     "find_weight_change": "detectors",
     "find_weight_magnitude": "detectors",
+    "fit_answers": "guard",
     "fit_guard": "guard",
     "gcg": "suites",
     "import_attacks": "suites",

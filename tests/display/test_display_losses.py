@@ -7,7 +7,7 @@ import pytest
 
 import report_runs
 from safety_neurons.display import findings_of, part_of
-from safety_neurons.display.parts import NO, YES, plain
+from safety_neurons.display.parts import NO, OPEN, YES, plain
 from safety_neurons.display.registry import display_of
 from safety_neurons.report.page import read_runs
 from safety_neurons.results import rate
@@ -95,6 +95,29 @@ def test_a_loss_to_fewer_broken_answers_is_explained_by_them(deactivated):
     assert verdict == NO
     assert "which broken answers explain: counted as no change, 0.04 [" in text
     assert "a clear loss" not in text
+
+
+@pytest.mark.parametrize("against", [(-0.1, -0.5, 0.4, False), (0.2, 0.1, 0.3, True)])
+def test_broken_answers_explain_only_a_clear_loss(deactivated, against):
+    """Of what is not clear, and of refusals that grow, nothing is said to be lost to them."""
+    told = dict(zip(("value", "low", "high", "clear"), against, strict=True)) | {"n": N, "unscored": 0}
+    run = with_result(sized(deactivated, only=loss()), change_against_random=told)
+    lead = plain(part_of(run).lead)
+    assert "broken answers" not in lead
+    assert f"({'clear' if told['clear'] else 'not clear'})" in lead
+    lost_clearly = {**told, "value": -0.5, "low": -0.7, "high": -0.3, "clear": True}
+    run = with_result(sized(deactivated, only=loss(harm=1, broken=11)), change_against_random=lost_clearly)
+    assert "(refusals lost to broken answers)" in plain(part_of(run).lead)
+
+
+def test_a_model_of_which_no_answer_is_scored_is_not_said_to_refuse_nothing(deactivated):
+    unscored = {"value": None, "low": None, "high": None, "n": 0, "unscored": N}
+    run = sized(deactivated, only=loss())
+    points = [{**run.result["sizes"][0], "change_against_random": {**unscored, "clear": False}}]
+    untreated = {**run.result["untreated"], "harmful_refused": unscored}
+    verdict, text = said(with_result(run, sizes=points, untreated=untreated))[0]
+    assert verdict == OPEN
+    assert text.endswith("none can be scored.")
 
 
 def test_of_a_sweep_the_largest_set_that_does_not_break_the_model_is_told(deactivated):

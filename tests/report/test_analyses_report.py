@@ -68,6 +68,10 @@ def test_a_matrix_of_languages_and_one_of_transfer_are_drawn(tmp_path):
         for a in ("en", "de")
         for b in ("en", "de")
     ]
+    of_both = [
+        {**each, "set": "shared by all", "change": Difference(-1.0, -1.0, -0.5, 40).to_json()}
+        for each in cells[:2]
+    ]
     chance = {"value": 3, "expected": 0.5, "low": 0, "high": 2, "verdict": "more"}
     rows = [
         {
@@ -85,7 +89,7 @@ def test_a_matrix_of_languages_and_one_of_transfer_are_drawn(tmp_path):
         "pairs": [],
         "mean_jaccard": {},
         "untreated": {},
-        "matrix": cells,
+        "matrix": [*cells, *of_both],
     }
     moved = [
         {

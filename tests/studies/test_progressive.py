@@ -2,6 +2,8 @@
 orders.
 """
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -13,6 +15,7 @@ from safety_neurons.interventions import deactivated
 from safety_neurons.model import load_pair
 from safety_neurons.neurons import NeuronSet, Scores
 from safety_neurons.prompt_lists import Prompts
+from safety_neurons.results import rate
 from safety_neurons.results.measured import ProgressiveRecord
 from safety_neurons.studies import progressive
 from safety_neurons.studies.verification import ladder, layer_blocks
@@ -128,6 +131,19 @@ def test_steps_are_few_and_end_with_everything(model):
         progressive(
             model, NeuronSet({}, model.table), Prompts.from_list(["a"]), Prompts.from_list(["b"]), **OPTIONS
         )
+
+
+def test_a_step_without_a_scored_answer_halves_nothing(by_layer):
+    """What cannot be scored is no refusal that was lost."""
+    whole = dataclasses.replace(by_layer.untreated, harmful_refused=rate([True] * 4))
+    silent = dataclasses.replace(whole, harmful_refused=rate([None] * 4))
+    halved = dataclasses.replace(whole, harmful_refused=rate([True, True, False, False]))
+    steps = tuple(
+        dataclasses.replace(step, arm=silent if len(step.layers) == 1 else halved) for step in by_layer.steps
+    )
+    found = dataclasses.replace(by_layer, untreated=whole, steps=steps)
+    curves = {curve["order"]: curve["neurons_for_half"] for curve in found.record()["curves"]}
+    assert curves == {"front to back": 30, "back to front": 30, "one layer alone": None}
 
 
 def test_the_planted_units_stand_in_for_one_another_until_all_layers_are_off():

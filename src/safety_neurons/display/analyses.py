@@ -408,7 +408,12 @@ def matrix_findings(run: ReportedRun) -> list[Finding]:
     """In one sentence: how the diagonal of a matrix compares with the rest."""
     result = run.result
     cells = result.get("matrix") or []
-    known = [cell for cell in cells if (cell.get("causal_effect") or cell["change"])["value"] is not None]
+    groups = {cell["group"] for cell in cells}
+    known = [
+        cell
+        for cell in cells  # What languages share, or what is specific to one, was found on no one group.
+        if cell["set"] in groups and (cell.get("causal_effect") or cell["change"])["value"] is not None
+    ]
     own = [cell for cell in known if cell["set"] == cell["group"]]
     other = [cell for cell in known if cell["set"] != cell["group"]]
     if not own or not other:

@@ -240,7 +240,9 @@ def deactivate_part(run: ReportedRun) -> DisplayPart:
     last = result["sizes"][-1]
     if result["change_against_random"]:
         against = result["change_against_random"]
-        clear = clear_word(against) if remains(last.get("loss")) else "refusals lost to broken answers"
+        lost = is_clear(against) and against["value"] < 0
+        explained = lost and not remains(last.get("loss"))
+        clear = "refusals lost to broken answers" if explained else clear_word(against)
         lead += say("; against random sets: {} ({})", interval(against, signed=True), clear)
     if breaks(last):
         lead += say("; the model is broken then: {}", visible(breaks(last), 200))
@@ -445,7 +447,8 @@ def necessity(run: ReportedRun) -> tuple[str, Mapping[str, Any]]:
 
 
 def _hardly_refuses(result: Mapping[str, Any]) -> bool:
-    return (result["untreated"]["harmful_refused"]["value"] or 0.0) < 0.05
+    refused = result["untreated"]["harmful_refused"]["value"]
+    return refused is not None and refused < 0.05
 
 
 def deactivate_findings(run: ReportedRun) -> list[Finding]:

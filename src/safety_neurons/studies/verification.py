@@ -685,7 +685,7 @@ class Progressive(Displayed):
         sizes = [
             step.n_neurons
             for step in self.curve(order)
-            if (step.arm.harmful_refused.value or 0.0) <= whole / 2
+            if (left := step.arm.harmful_refused.value) is not None and left <= whole / 2
         ]
         return min(sizes, default=None)
 
