@@ -173,7 +173,7 @@ def test_random_sets_are_made_of_what_the_truth_is_made_of(pair, prompts, monkey
     assert [row.recall for row in found.methods[1:]] == [0.0] * 3
 
 
-FIVE = ["weight-magnitude", "weight-change", "activation-magnitude", "refusal-direction", "effect-size"]
+THREE = ["weight-magnitude", "activation-magnitude", "effect-size"]
 TRUTH = {"layers.0.up": [3, 9], "layers.0.down": [3], "layers.1.gate": [40], "layers.1.v": [2]}
 
 
@@ -185,7 +185,7 @@ def known(pair, prompts):
         find_prompts=prompts[0],
         find_harmless=prompts[1],
         truth=NeuronSet(TRUTH, pair.base.table),
-        methods=FIVE,
+        methods=THREE,
         random=3,
         **OPTIONS,
     )
@@ -207,12 +207,29 @@ def test_the_truth_is_measured_as_its_set_is_by_verify(known, pair, prompts):
 
 
 def test_the_truth_is_no_method(known):
-    assert [row.method for row in known.methods] == [*FIVE, *(f"random {number}" for number in range(3))]
+    assert [row.method for row in known.methods] == [*THREE, *(f"random {number}" for number in range(3))]
     assert all("truth" not in one["methods"] for one in known.agreement)
-    rows = [*known.methods[:5], known.truth]
-    told = [one for row in rows for one in (row.against_random, row.necessity_against_random)]
-    assert len(told) == MANY + 2
-    assert all(one.p is not None and one.p_holm is None for one in told)  # ten are not corrected, twelve are
+    rows = [*known.methods[:3], known.truth]
+    told = [one for row in rows for one in (row.against_random, row.necessity_against_random, row.necessity)]
+    assert len(told) - 3 <= MANY < len(told)  # what is more is corrected
+    assert all(one.p is not None and one.p_holm is None for one in told)
+
+
+def test_all_differences_of_methods_are_one_family(pair, prompts):
+    more = [*THREE, "refusal-direction"]
+    found = compare(
+        *(pair.base, pair.aligned, *prompts),
+        find_prompts=prompts[0],
+        find_harmless=prompts[1],
+        methods=more,
+        random=3,
+        **OPTIONS,
+    )
+    assert 3 * len(more) > MANY >= 2 * len(more)
+    for row in found.methods[:4]:
+        told = (row.against_random, row.necessity_against_random, row.necessity)
+        assert all(one.p_holm >= one.p for one in told)
+    assert all(row.necessity.p_holm is None for row in found.methods[4:])
 
 
 def test_a_set_without_which_general_text_has_become_unlikely_breaks_the_model(pair, prompts, monkeypatch):

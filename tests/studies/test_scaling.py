@@ -82,10 +82,15 @@ def test_harm_is_held_against_random_sets_in_one_family_with_refusals(model, neu
     family = [
         one
         for dose in found.doses
-        for one in (dose.change_against_random, dose.harm_change_against_random)
-        if one is not None and one.p is not None
+        for one in (
+            dose.change,
+            dose.harm_change,
+            dose.change_against_random,
+            dose.harm_change_against_random,
+        )
+        if dose.factor != 1 and one.p is not None
     ]
-    assert len(family) > 10
+    assert len(family) > 20
     ordered = sorted(family, key=lambda one: one.p)
     largest = 0.0
     for rank, one in enumerate(ordered):

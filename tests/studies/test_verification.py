@@ -122,6 +122,21 @@ def with_verdicts(monkeypatch, told):
     monkeypatch.setattr(bench, "judge_refusal", judge)
 
 
+@pytest.mark.parametrize("sizes", [(0.05, 0.1, 0.2), (0.05, 0.1, 0.2, 0.3, 0.5)])
+def test_all_differences_of_a_sweep_are_one_family(pair, prompts, scores, sizes):
+    """Two for every size and that of harm: seven are not corrected, eleven are."""
+    found = verify_deactivate(pair.aligned, scores, *prompts, sizes=sizes, random=3, **OPTIONS)
+    told = [one for point in found.points for one in (point.change, point.against_random)]
+    told.append(found.harm_change)
+    assert found.change == found.points[-1].change
+    assert all(one.p is not None for one in told)
+    by_hand, largest = {}, 0.0
+    for rank, p in enumerate(sorted(one.p for one in told)):
+        largest = max(largest, min(1.0, p * (len(told) - rank)))
+        by_hand.setdefault(p, largest)
+    assert [one.p_holm for one in told] == [by_hand[one.p] if len(sizes) > 3 else None for one in told]
+
+
 def test_the_causal_effect_is_the_share_of_the_gap_over_prompts_scored_everywhere(
     pair, prompts, scores, monkeypatch
 ):

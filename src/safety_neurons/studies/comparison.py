@@ -454,7 +454,8 @@ class _Rows:
     def compared(self, rows: Sequence[MethodResult]) -> list[MethodResult]:
         """The rows, each method's beside the random sets; of more than ten, the family-wise rate is held."""
         chance = [self.verdicts[row.method] for row in rows if row.method.startswith(RANDOM)]
-        real = [row.method for row in rows if not row.method.startswith(RANDOM)]
+        lost_off = {row.method: row.necessity for row in rows if not row.method.startswith(RANDOM)}
+        real = list(lost_off)
         if not chance:
             return list(rows)
         shared = self.bench.harmful.groups
@@ -466,11 +467,15 @@ class _Rows:
             against_random(_lost(self.verdicts[name][1]), [_lost(other) for _, other in chance], shared)
             for name in real
         ]
-        held = holm([*patched_in, *off])
-        against = dict(zip(real, zip(held[: len(real)], held[len(real) :], strict=True), strict=True))
+        held, n = holm([*patched_in, *off, *lost_off.values()]), len(real)
+        parts = zip(held[:n], held[n : 2 * n], held[2 * n :], strict=True)
+        against = dict(zip(real, parts, strict=True))
         return [
             dataclasses.replace(
-                row, against_random=against[row.method][0], necessity_against_random=against[row.method][1]
+                row,
+                against_random=against[row.method][0],
+                necessity_against_random=against[row.method][1],
+                necessity=against[row.method][2],
             )
             if row.method in against
             else row

@@ -168,10 +168,13 @@ def _flagged(guard: Guard, bench: Bench) -> tuple[dict[str, Rate], list[str]]:
 
 
 def _family(doses: Sequence[Dose]) -> list[Dose]:
-    """Of more than ten comparisons, of refusals and harm alike, the family-wise rate is held."""
-    names = ("change_against_random", "harm_change_against_random")
+    """Of more than ten comparisons, of refusals and harm, from the model as it is and from random sets alike,
+    the family-wise rate is held; factor 1 is the model as it is, and compared with nothing.
+    """
+    names = ("change", "harm_change", "change_against_random", "harm_change_against_random")
     given: list[dict[str, Any]] = [
-        {name: getattr(dose, name) for name in names if getattr(dose, name) is not None} for dose in doses
+        {name: getattr(dose, name) for name in names if dose.factor != 1 and getattr(dose, name) is not None}
+        for dose in doses
     ]
     held = iter(holm([one for row in given for one in row.values()]))
     changes: list[dict[str, Any]] = [{name: next(held) for name in row} for row in given]

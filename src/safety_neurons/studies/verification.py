@@ -458,11 +458,10 @@ def _verify(
                 subject.loss(treated) if subject.kind == "deactivate" else None,
             )
         )
-    held = holm([point.against_random for point in points if point.against_random is not None])
-    if held:
-        points = [
-            dataclasses.replace(point, against_random=one) for point, one in zip(points, held, strict=True)
-        ]
+    harm_change = paired_difference(
+        points[-1].treated.complied, subject.untreated.complied, bench.harmful.groups
+    )
+    points, harm_change = _held(points, harm_change)
     limits = subject.ceiling(everything, [(point.causal_effect, point.treated.harmful) for point in points])
     bench.finish()
     return Verification(
@@ -474,15 +473,30 @@ def _verify(
         ceiling=limits.patched,
         ceiling_effect=limits.effect,
         change=points[-1].change,
-        harm_change=paired_difference(
-            points[-1].treated.complied, subject.untreated.complied, bench.harmful.groups
-        ),
+        harm_change=harm_change,
         max_new_tokens=bench.longest,
         overlap=found_on(sets[-1][1], bench),
         notes=(*notes, *bench.notes),
         bench=bench,
         limits=None if subject.donor is None else limits,
     )
+
+
+def _held(points: Sequence[SizePoint], harm_change: Difference) -> tuple[list[SizePoint], Difference]:
+    """The differences of a sweep; of more than ten the family-wise rate is held, but for that of what comes
+    in the place of refusals, which is asked beside another that has to be clear too.
+    """
+    told = [one for point in points for one in (point.change, point.against_random) if one is not None]
+    *held, harm = holm([*told, harm_change])
+    rest = iter(held)
+    return [
+        dataclasses.replace(
+            point,
+            change=next(rest),
+            against_random=None if point.against_random is None else next(rest),
+        )
+        for point in points
+    ], harm
 
 
 def _everything(kind: str, sets: Sequence[NeuronSet], everything: NeuronSet) -> tuple[NeuronSet, list[str]]:
