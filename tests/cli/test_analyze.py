@@ -5,7 +5,7 @@ import pathlib
 
 import numpy as np
 import pytest
-from running import command, done, refused
+from running import command, done, record, refused
 
 from safety_neurons import organism
 from safety_neurons.neurons import NeuronSet, Provenance, Scores
@@ -62,6 +62,8 @@ def test_overlap_is_one_command_and_its_record_repeats_it(runs, tmp_path):
     assert found["pairs"][0]["shared"]["value"] == len(sets[0] & sets[1])
     assert found["pairs"][0]["spearman"]["value"] == pytest.approx(0.5, abs=0.05)
     assert found["pairs"][1]["spearman"]["value"] is None
+    kept = "--count takes sets anew from scores, and none lie beside decoys: kept as they are"
+    assert record(tmp_path / "run")["notes"] == [kept]
     assert pathlib.Path(found["figure"]).is_file()
     again = done("run", tmp_path / "run" / "run.json", "--out", tmp_path / "again")
     assert json.dumps(again["pairs"]) == json.dumps(found["pairs"])

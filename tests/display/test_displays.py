@@ -115,6 +115,19 @@ def test_the_numbers_of_the_record_stand_in_all_three(runs, shown, kind):
         assert plain(table.caption) in notebook
 
 
+@pytest.mark.parametrize("kind", ["verify-patch", "verify-deactivate", "compare"])
+def test_what_could_not_be_scored_stands_in_the_tables(runs, shown, kind):
+    def some(value, key=""):
+        if isinstance(value, dict):
+            found = {name: some(part, name) for name, part in value.items()}
+            return {**found, "unscored": 3} if key == "harmful_refused" else found
+        return [some(part, key) for part in value] if isinstance(value, list) else value
+
+    run = dataclasses.replace(runs[kind], record=some(runs[kind].record))
+    assert all("3 unscored" in text for text in shown(run))
+    assert not any("3 unscored" in text for text in shown(runs[kind]))
+
+
 @pytest.mark.parametrize("kind", ["verify-patch", "compare", "doctor", "tune", "guard-fit", "guard-evaluate"])
 def test_hostile_text_is_seen_and_obeyed_by_none(runs, shown, kind):
     text = "<img src=x onerror=a()>\u202e\x00\x1b[2J"

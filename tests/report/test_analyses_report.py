@@ -57,7 +57,11 @@ def test_layers_and_overlap_stand_beside_chance(tmp_path, sets):
 
 
 def test_a_matrix_of_languages_and_one_of_transfer_are_drawn(tmp_path):
-    cell = {"harmful_refused": HALF.to_json(), "change_against_random": None, "random_refused": [0.9]}
+    cell = {
+        "harmful_refused": {**HALF.to_json(), "unscored": 2},
+        "change_against_random": None,
+        "random_refused": [0.9],
+    }
     cells = [
         {
             "set": a,
@@ -120,6 +124,7 @@ def test_a_matrix_of_languages_and_one_of_transfer_are_drawn(tmp_path):
         "Mean causal effect on the requests the neurons were found on: 0.90; on the others: 0.50" in seen.text
     )
     assert "neurons of en, requests de: \u22120.10" in seen.text
+    assert "en → de, 2 unscored" in seen.text
 
 
 def test_progressive_deactivation_is_a_curve_beside_random_ones(tmp_path):

@@ -338,3 +338,4 @@ def test_without_harmful_answers_the_model_must_write_some(model, sets, lab):
 def test_a_task_is_solved_by_its_answer(answer, completion, right):
     prompts = Prompts([Prompt("a", "?", answer=answer)], "task")
     assert solved(Completions([Completion("a", "?", completion, (), "stop")]), prompts) == [right]
+    assert solved(Completions([Completion("a", "?", "", (), "failed")]), prompts) == [None]

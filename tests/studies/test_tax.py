@@ -186,6 +186,9 @@ def test_helpfulness_is_what_its_name_says():
     assert helpfulness("taught")(answers, prompts) == [True, False, None]
     assert helpfulness("answered")(answers, prompts) == [True, False, True]
     assert helpfulness("ending:Good luck!")(answers, prompts) == [False, False, True]
+    failed = Completions(dataclasses.replace(one, completion="", finish_reason="failed") for one in answers)
+    for name in ("taught", "answered", "ending:Good luck!"):
+        assert helpfulness(name)(failed, prompts) == [None] * 3  # NaN is no bad answer
     for wrong in ("nice", "ending:", "ending: "):
         with pytest.raises(UsageError, match="ending:TEXT"):
             helpfulness(wrong)

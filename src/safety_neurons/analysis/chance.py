@@ -2,11 +2,10 @@
 number that was measured.
 
 Neurons of one unit may be chosen together, in clumps. Where a method gives `gate`, `up` and `down` of a unit
-one score, a set takes them
-together: three neurons are then one choice, and numbers of neurons vary between unrelated sets as much as
-    three times a number of units
-does. Where it scores them apart, they are three choices. Which of the two a set is made of is read off the
-set: the share of its members that lie in whole units.
+one score, a set takes them together: three neurons are then one choice, and numbers of neurons vary between
+unrelated sets as much as three times a number of units does. Where it scores them apart, they are three
+choices. Which of the two a set is made of is read off the set: the share of its members that lie in whole
+units.
 """
 
 import dataclasses

@@ -110,14 +110,15 @@ def perplexity(
     treatment: Treatment = contextlib.nullcontext,
     *,
     batch_size: BatchSize = "auto",
+    notes: list[str] | None = None,
 ) -> float | None:
     """exp(mean negative log-likelihood per token) of the text, each record fed as it stands, without a
     template.
 
-    None where no record has a token to predict.
+    None where no record has a token to predict; `notes` gets what was left out.
     """
     with treatment():
-        losses = token_losses(model, text.texts, batch_size=batch_size)
+        losses = token_losses(model, text.texts, batch_size=batch_size, notes=notes)
     return math.exp(losses.total / losses.n_tokens) if losses.n_tokens else None
 
 

@@ -4,6 +4,7 @@ and what shared neurons cost.
 
 import dataclasses
 import pathlib
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar
 
 from safety_neurons.cli.session import (
@@ -53,6 +54,7 @@ def layers(session: Session, given: NamedSets) -> dict[str, Any]:
         from safety_neurons import analysis
 
         items = analysis.read_named(paths(given.sets), top=given.top, count=given.count, together=False)
+        session.notes.extend(kept_sizes(given, items))
         tables = [analysis.layers(item) for item in items]
         return with_figure(session, {"sets": [table.record() for table in tables]})
 
@@ -67,9 +69,19 @@ def overlap(session: Session, given: NamedSets) -> dict[str, Any]:
         from safety_neurons import analysis
 
         items = analysis.read_named(paths(given.sets), top=given.top, count=given.count)
+        session.notes.extend(kept_sizes(given, items))
         return with_figure(session, analysis.overlap(items, seed=session.common.seed).record())
 
     return session.run(work)
+
+
+def kept_sizes(given: NamedSets, items: Sequence[Any]) -> list[str]:
+    """A line on sets that `--top` or `--count` could not take anew."""
+    without = [item.name for item in items if item.scores is None]
+    if not without or (given.top is None and given.count is None):
+        return []
+    flag = "--count" if given.top is None else "--top"
+    return [f"{flag} takes sets anew from scores, and none lie beside {', '.join(without)}: kept as they are"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -244,7 +256,9 @@ class Suites(Declaration):
     by: str = "category"
     """category, language, or another field of the prompts."""
     suites: Annotated[str | None, Reads("suites")] = None
-    """NAME=FILE,…: one group a file instead; odd records to find on, even ones to measure on."""
+    """NAME=FILE,…: one group a file instead; odd records to find on, even ones to measure on, what shares a
+    group on one side.
+    """
     groups: str | None = None
     """Only these groups, comma-separated."""
 
@@ -401,7 +415,6 @@ def wanted(sets: dict[str, Any], definitions: str) -> dict[str, Any]:
 
 def apart(session: Session, study: TransferStudy, model: Any) -> tuple[Any, Any]:
     """Requests to find on and to measure on, by group."""
-    from safety_neurons.prompt_lists import Prompts
     from safety_neurons.studies import Groups
 
     files = named_files(study.suites)
@@ -410,8 +423,7 @@ def apart(session: Session, study: TransferStudy, model: Any) -> tuple[Any, Any]
             name: session.prompts(path, model) if pathlib.Path(path).exists() else suite(path)
             for name, path in files.items()
         }
-        find = {name: Prompts(list(prompts)[::2], name) for name, prompts in whole.items()}
-        test = {name: Prompts(list(prompts)[1::2], name) for name, prompts in whole.items()}
+        find, test = (dict(side.members) for side in Groups.halves(whole))
     else:
         find, test = (
             dict(Groups.by(session.read(name, model), study.by).members) for name in ("prompts", "harmful")
@@ -684,7 +696,6 @@ def tax(session: Session, study: TaxStudy) -> dict[str, Any]:
     def work() -> dict[str, Any]:
         from safety_neurons import studies
         from safety_neurons.analysis.overlap import relations
-        from safety_neurons.prompt_lists import Prompts
 
         before, *loaded = session.several([study.base, *study.specs.values()])
         trained = dict(zip(study.specs, loaded, strict=True))
@@ -692,7 +703,7 @@ def tax(session: Session, study: TaxStudy) -> dict[str, Any]:
         if measure == "auto":
             measure = "answered" if before.prompt_folder is None else "taught"
         lists = [session.read(name, before, study.find_limit) for name in ("prompts", "also")]
-        scored = Prompts([prompt for prompts in lists if prompts is not None for prompt in prompts])
+        scored = lists[0] if lists[1] is None else lists[0] + lists[1]
         requests = [session.read(name, before, study.limit) for name in ("harmful", "harmless")]
         searched: dict[str, Any] = {
             "sites": listed(study.sites) or ("down",),

@@ -22,6 +22,7 @@ from safety_neurons.display.parts import (
     Finding,
     ReportedRun,
     Table,
+    counted,
     dots_of,
     estimate_row,
     guarded,
@@ -351,7 +352,7 @@ def _matrix_figures(result: Mapping[str, Any]) -> tuple[list[Figure], list[Table
     figure = Figure(draw, f"{measure.replace('_', ' ')}: {visible(words, 2000)}.", caption)
     rows = [
         [
-            f"{visible(cell['set'], 30)} → {visible(cell['group'], 30)}",
+            counted(f"{visible(cell['set'], 30)} → {visible(cell['group'], 30)}", cell["harmful_refused"]),
             interval(cell["harmful_refused"]),
             interval(cell["change"], signed=True),
             interval(cell["change_against_random"], signed=True),
@@ -384,7 +385,7 @@ def transfer_part(run: ReportedRun) -> DisplayPart:
     tasks = list(dict.fromkeys(task for each in result["ability"] for task in each["capability"]))
     rows = [
         [
-            visible(each["name"], 40),
+            counted(visible(each["name"], 40), each["harmless_refused"]),
             interval(each["harmless_refused"]),
             *(_measured(each["capability"].get(task)) for task in tasks),
         ]
@@ -478,7 +479,10 @@ def tax_part(run: ReportedRun) -> DisplayPart:
     )
     arms = [arm for arm in result["arms"] if "random" not in arm["arm"]]
     cells = [
-        [visible(arm["arm"], 60), *(interval(arm[kind]) for kind in ("refused", "helpful", "over_refused"))]
+        [
+            counted(visible(arm["arm"], 60), arm["refused"], arm["over_refused"]),
+            *(interval(arm[kind]) for kind in ("refused", "helpful", "over_refused")),
+        ]
         for arm in result["arms"]
     ]
     quiet = frozenset(place for place, arm in enumerate(result["arms"]) if arm not in arms)

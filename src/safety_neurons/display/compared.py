@@ -29,6 +29,7 @@ from safety_neurons.display.parts import (
     Table,
     Tile,
     above_random,
+    counted,
     dots_of,
     estimate_row,
     random_row,
@@ -82,7 +83,7 @@ def methods_table(run: ReportedRun) -> Table:
     harm = all("harmful_complied" in row for row in result["methods"])
     rows = [
         [
-            _label(row),
+            counted(_label(row), row["harmful_refused"], row["harmless_refused"], row.get("complied_off")),
             count(row["n_units"]),
             count(row["n_neurons"]),
             *([number(row["recall"])] if known else []),

@@ -21,6 +21,7 @@ from safety_neurons.display.parts import (
     Table,
     Tile,
     by_method,
+    counted,
     spread,
     why_not,
 )
@@ -70,9 +71,8 @@ def _table(result: Mapping[str, Any]) -> Table:
     quiet = []
     for dose in result["doses"]:
         arm, random = dose["treated"], dose["random"]
-        rows.append(
-            [f"{dose['factor']:g}", *(interval(arm.get(key)) for key in MEASURES), count(arm["cut_off"])]
-        )
+        label = counted(f"{dose['factor']:g}", arm["harmful_refused"], arm["harmless_refused"])
+        rows.append([label, *(interval(arm.get(key)) for key in MEASURES), count(arm["cut_off"])])
         if random:
             quiet.append(len(rows))
             cells = [spread(_known(random, key)) for key in MEASURES]

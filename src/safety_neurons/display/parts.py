@@ -298,14 +298,18 @@ ARM_COLUMNS = (
 )
 
 
+def counted(label: str, *rates: Mapping[str, Any] | None) -> str:
+    """The label of a row, behind it how many of its answers could not be scored."""
+    unscored = sum(int(rate.get("unscored") or 0) for rate in rates if rate)
+    return f"{label}, {unscored:,} unscored" if unscored else label
+
+
 def arm_row(label: str, arm: Mapping[str, Any]) -> list[Cell]:
     """Cells of `ARM_COLUMNS` for one arm; what could not be scored is counted."""
-    unscored = arm["harmful_refused"]["unscored"] + arm["harmless_refused"]["unscored"]
-    shown = f"{label}, {unscored:,} unscored" if unscored else label
     # Runs of earlier versions have no judge of harm.
     kinds = (arm["harmful_refused"], arm.get("harmful_complied"), arm["harmless_refused"])
     return [
-        shown,
+        counted(label, arm["harmful_refused"], arm["harmless_refused"]),
         *map(interval, kinds),
         number(arm["perplexity"]),
         number(arm["divergence"], 3),

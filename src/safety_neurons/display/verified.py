@@ -37,6 +37,7 @@ from safety_neurons.display.parts import (
     above_random,
     arm_row,
     by_method,
+    counted,
     dots_of,
     estimate_row,
     price,
@@ -332,7 +333,10 @@ def _sides_table(result: Mapping[str, Any]) -> Table:
         on, off = carried["treated"], missed["treated"]
         rows.append(
             [
-                f"{count(carried['n_neurons'])} ({share(carried['size'])})",
+                counted(
+                    f"{count(carried['n_neurons'])} ({share(carried['size'])})",
+                    *(arm[kind] for arm in (on, off) for kind in ("harmful_refused", "harmless_refused")),
+                ),
                 interval(carried["causal_effect"]),
                 spread(random_values(carried)),
                 interval(on["harmless_refused"]),
@@ -551,7 +555,7 @@ def progressive_part(run: ReportedRun) -> DisplayPart:
         figures.append(_curves(result, "divergence", "KL per token, nats", "Divergence on harmless requests"))
     rows = [
         [
-            label,
+            counted(label, point["harmful_refused"], point["harmless_refused"]),
             count(point.get("n_neurons", 0)),
             interval(point["harmful_refused"]),
             interval(point.get("change"), signed=True),

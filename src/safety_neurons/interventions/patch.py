@@ -111,10 +111,7 @@ class FollowedCache(DynamicCache):
             self.twin.activate_past_recording()
 
     def _both(self, indices: Int[Tensor, " row"]) -> Int[Tensor, " both"]:
-        """The cache's rows that belong to these rows of the batch: two each where it holds ``[patched.
-
-        Donor]``.
-        """
+        """The cache's rows that belong to these rows of the batch: two each where it holds both halves."""
         held = _n_rows(self)
         return torch.cat([indices, indices + held // 2]) if self.follower.doubled and held else indices
 
@@ -622,8 +619,7 @@ def patched(
 
     Source: Chen et al., arXiv 2406.14144, algorithm 1 (dynamic activation patching). Differs: sampling and
     beams are guided too; a decoding mode that cannot be followed raises instead of going on unguided; one
-    doubled
-        batch instead of two models where the two share their base.
+    doubled batch instead of two models where the two share their base.
 
     Args:
         base: The model to patch: a `LanguageModel` or a Hugging Face model.

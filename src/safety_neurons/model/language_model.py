@@ -416,7 +416,7 @@ class LanguageModel:
         """Answers prompts through `self.model.generate`, so that interventions on the model act.
 
         Greedy unless `sample` is set; a checkpoint's own sampling defaults never count; batch size changes no
-        answer in float32.
+        greedy answer in float32 (draws of a sample are those of its batch).
 
         Args:
             prompts: A text, or whatever `safety_neurons.prompt_lists` takes in memory; nothing of it is left

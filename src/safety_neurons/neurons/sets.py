@@ -410,6 +410,9 @@ class NeuronSet(ByMatrix):
             config["sites"] = list(check_sites(searched[0] | searched[1]))
         if mine.config.get("layers") == theirs.config.get("layers"):
             config["layers"] = mine.config.get("layers")
+        digests = [each.config.get("prompt_digests") or [] for each in (mine, theirs)]
+        if any(digests):
+            config["prompt_digests"] = list(dict.fromkeys([*digests[0], *digests[1]]))
         provenance = Provenance(
             "neurons",
             method=f"{mine.method or 'set'} {sign} {theirs.method or 'set'}",

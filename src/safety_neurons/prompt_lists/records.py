@@ -159,7 +159,8 @@ class Prompts(Sequence[Prompt]):
     def __add__(self, other: "Prompts") -> "Prompts":
         if not isinstance(other, Prompts):
             return NotImplemented
-        return Prompts((*self, *other), f"{self.name} + {other.name}", [*self.notes, *other.notes])
+        both, notes = with_unique_ids((*self, *other)), [*self.notes, *other.notes]
+        return Prompts(both, f"{self.name} + {other.name}", notes)
 
     def __repr__(self) -> str:
         return f"Prompts({self.name!r}, {numbered(len(self), 'prompt')})"
@@ -195,6 +196,20 @@ class Prompts(Sequence[Prompt]):
         """
         known = set(other.digests if isinstance(other, Prompts) else other)
         return sum(prompt.digest in known for prompt in self)
+
+
+def with_unique_ids(read: Sequence[Prompt]) -> list[Prompt]:
+    """The prompts, of those with one id all but the first numbered with #2, #3 and so on."""
+    given, seen = {prompt.id for prompt in read}, Counter[str]()
+    result = []
+    for prompt in read:
+        seen[prompt.id] += 1
+        if seen[prompt.id] > 1:
+            while (numbered_id := f"{prompt.id}#{seen[prompt.id]}") in given:
+                seen[prompt.id] += 1
+            prompt = replace(prompt, id=numbered_id)
+        result.append(prompt)
+    return result
 
 
 def normalised(text: str) -> str:

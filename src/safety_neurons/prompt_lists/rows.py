@@ -34,6 +34,7 @@ from safety_neurons.prompt_lists.records import (
     read_turns,
     request_of,
     texts_of,
+    with_unique_ids,
     written_list,
 )
 from safety_neurons.prompt_lists.tables import MOST_ROWS, Unread, looks_like_data, too_many
@@ -91,7 +92,10 @@ def prompts_of(
     if not read:
         raise reader.refusal(reader.rows)
     notes += reader.notes(read)
-    return _with_groups_of_copies(_with_unique_ids(read, notes))
+    doubled = len(read) - len({prompt.id for prompt in read})
+    if doubled:
+        notes.append(f"{doubled} ids occur more than once; numbered with #2, #3, …")
+    return _with_groups_of_copies(with_unique_ids(read))
 
 
 class _Tally:
@@ -746,22 +750,3 @@ def _with_groups_of_copies(read: list[Prompt]) -> list[Prompt]:
         else prompt
         for place, prompt in enumerate(read)
     ]
-
-
-def _with_unique_ids(read: list[Prompt], notes: list[str]) -> list[Prompt]:
-    seen: Counter[str] = Counter(prompt.id for prompt in read)
-    doubled = len(read) - len(seen)
-    if not doubled:
-        return read
-    notes.append(f"{doubled} ids occur more than once; numbered with #2, #3, …")
-    given = set(seen)
-    seen.clear()
-    result = []
-    for prompt in read:
-        seen[prompt.id] += 1
-        if seen[prompt.id] > 1:
-            while (numbered_id := f"{prompt.id}#{seen[prompt.id]}") in given:
-                seen[prompt.id] += 1
-            prompt = dataclasses.replace(prompt, id=numbered_id)
-        result.append(prompt)
-    return result

@@ -449,6 +449,18 @@ class Bench:
         cut, every = cut_off(self.completions), numbered(len(self.completions), "answer")
         return [f"{cut:,} of {every} cut off at the limit of {self.longest} tokens"] if cut else []
 
+    def seen_in(self, *found: NeuronSet | Scores | Prompts) -> dict[str, int]:
+        """How many of the harmful and of the harmless prompts are among those that sets or scores were found
+        on, or among prompts that methods look at.
+        """
+        return {kind: getattr(self, kind).overlap(digests_of(*found)) for kind in ("harmful", "harmless")}
+
+    def say_seen(self, *found: NeuronSet | Scores | Prompts) -> None:
+        """Say how many, where there are some."""
+        self.say(
+            [*said_of_seen("harmful", self.harmful, *found), *said_of_seen("harmless", self.harmless, *found)]
+        )
+
     def tell(self, name: str) -> None:
         """Say what is measured now."""
         if self.progress is not None:
@@ -472,16 +484,19 @@ class Bench:
             answers.complied,
             others.refused,
         )
+        notes: list[str] = []
         options: dict[str, Any] = {"batch_size": self.batch_size}
         treated = arm.treatment is not contextlib.nullcontext
-        text, drift, left_out = None, None, list[str]()
+        text, drift = None, None
         if self.text is not None:
-            measured = measure_perplexity(arm.model, self.text, arm.treatment, task="text", **options)
-            self.say(measured.notes)
-            text = measured.rate
+            read = measure_perplexity(arm.model, self.text, arm.treatment, task="text", **options)
+            text, notes = read.rate, [*read.notes]
         if treated:
-            drift = divergence(arm.model, self.harmless, arm.treatment, notes=left_out, **options)
-            self.say(f"harmless: {note}" for note in left_out)
+            drift = divergence(arm.model, self.harmless, arm.treatment, notes=notes, **options)
+        # What the untreated model leaves out is left out everywhere, and said once.
+        self.say(
+            f"{arm.name}: {note}" if treated else note for note in notes if note not in self.answers.notes
+        )
         every = [*answers.completions, *others.completions]
         return ArmOutcome(
             arm.name,
@@ -560,6 +575,27 @@ class Bench:
         Until then the file holds what was generated, batch by batch.
         """
         self.answers.finish()
+
+
+def digests_of(*found: NeuronSet | Scores | Prompts) -> set[str]:
+    """The digests of prompts, and of those that sets or scores were found on, where that is known."""
+    return {
+        digest
+        for one in found
+        for digest in (
+            one.digests if isinstance(one, Prompts) else one.provenance.config.get("prompt_digests") or ()
+        )
+    }
+
+
+def said_of_seen(kind: str, asked: Prompts, *found: NeuronSet | Scores | Prompts) -> list[str]:
+    """A line on prompts of a kind that neurons were found on, where there are some."""
+    count = asked.overlap(digests_of(*found))
+    return (
+        [f"{count} of the {len(asked)} {kind} prompts are among those that neurons were found on"]
+        if count
+        else []
+    )
 
 
 @dataclasses.dataclass(frozen=True)

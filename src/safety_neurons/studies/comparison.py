@@ -250,6 +250,7 @@ def compare(
     )
     make = _Rows(subject, truth, texts.get("general"))
     bench.say(left_out)
+    bench.say_seen(find_prompts, *(text for name, text in texts.items() if name == "harmless"))
     searches = Searches((base, aligned), place)
 
     def row(name: str) -> MethodResult:

@@ -62,6 +62,7 @@ from safety_neurons.studies.bench import (
     Writing,
     content_of,
     hold,
+    said_of_seen,
     try_out,
 )
 from safety_neurons.studies.lengths import answer_length, beginnings, curve_lengths
@@ -479,10 +480,22 @@ def evaluate(
         bench.agreement(),
         None,
         bench.completions,
-        tuple(dict.fromkeys((*asked.notes, *bench.notes))),
+        tuple(dict.fromkeys((*asked.notes, *_seen(how, asked), *bench.notes))),
     )
     gate = how.thresholds
     return result if gate is None else dataclasses.replace(result, missed=tuple(gate.check(result.record())))
+
+
+def _seen(how: Treated, asked: Asked) -> Iterator[str]:
+    """A line on the requests of a suite that the treatment was made on, where there are some."""
+    neurons = (how.deactivate, how.patch, None if how.guard is None else how.guard.neurons)
+    fit = [] if how.guard is None else how.guard.report.get("prompt_digests") or []
+    for part in asked.requests:
+        for note in said_of_seen(part.kind, part.prompts, *(one for one in neurons if one is not None)):
+            yield f"{part.suite}: {note}"
+        if count := part.prompts.overlap(fit):
+            told = f"{count} of the {len(part.prompts)} {part.kind} prompts"
+            yield f"{part.suite}: {told} are among those the guard was fit on"
 
 
 def facts_of(

@@ -24,7 +24,7 @@ from safety_neurons.neurons import SITES, NeuronSet, parse_key
 from safety_neurons.prompt_lists import Prompts, as_prompts
 from safety_neurons.prompt_lists.readers import Source
 from safety_neurons.results import Difference, Effect, Rate, holm, paired_difference, rate
-from safety_neurons.results.estimates import GroupLabels
+from safety_neurons.results.estimates import GroupLabels, clusters_of
 from safety_neurons.results.records import DifferenceRecord, Recorded, called
 from safety_neurons.strict_json import JsonObject
 from safety_neurons.studies.bench import (
@@ -94,6 +94,23 @@ class Groups:
             found[name] = tuple(outcomes[start : start + len(prompts)])
             start += len(prompts)
         return found
+
+    @staticmethod
+    def halves(lists: Mapping[str, Prompts]) -> "tuple[Groups, Groups]":
+        """Every list apart in two, record by record in turn: to find on, and to measure on.
+
+        What shares a group, and a request that comes twice, stays on one side.
+
+        Raises:
+            InputError: nothing is left to measure on.
+        """
+        sides: tuple[dict[str, Prompts], ...] = {}, {}
+        for name, prompts in lists.items():
+            shared = clusters_of([prompt.group or prompt.digest for prompt in prompts], len(prompts))
+            for side, part in enumerate(sides):
+                mine = (prompt for prompt, number in zip(prompts, shared, strict=True) if number % 2 == side)
+                part[name] = Prompts(mine, name)
+        return Groups(sides[0]), Groups(sides[1])
 
     @staticmethod
     def by(prompts: Prompts, field: str, *, fewest: int = 1) -> "Groups":
@@ -350,6 +367,7 @@ def deactivation_matrix(
     """
     groups = Groups(harmful)
     bench = Bench.of({"model": model, "sets": sets}, groups.pooled, **how)
+    bench.say_seen(*sets.values())
     matrix = Matrix(bench, groups, model, lambda neurons: functools.partial(deactivated, model, neurons))
     cells = [cell for name, neurons in sets.items() if len(neurons) for cell in matrix.row(name, neurons)]
     bench.finish()
@@ -498,6 +516,7 @@ def transfer(
     try_out(base, *(functools.partial(patched, base, aligned, neurons) for neurons in sets.values()))
     bench = Bench.of({"base": base, "aligned": aligned, "sets": sets}, groups.pooled, harmless, **how)
     bench.task = questions
+    bench.say_seen(*sets.values())
     settings = dataclasses.replace(settings, batch_size=bench.batch_size, seed=bench.seed)
     measured = functools.partial(_ability, bench, wanted, settings)
     donor = Arm("aligned", aligned)
@@ -539,5 +558,6 @@ def _ability(
         for one in wanted
     )
     harmless = tuple(bench.refused(arm, "harmless"))
+    bench.say(f"{arm.name}: {note}" for each in measured for note in each.notes)
     answered = tuple(solved(bench.completed(arm, "task"), bench.task)) if len(bench.task) else None
     return Ability(name, measured, harmless, answered, (bench.harmless.groups, bench.task.groups))

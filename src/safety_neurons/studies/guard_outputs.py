@@ -129,7 +129,7 @@ def guarded_outputs(
     if not len(unsafe) or not len(safe):
         raise InputError(f"{len(unsafe)} unsafe and {len(safe)} safe requests; expected some of both kinds")
     say = progress or (lambda _step: None)
-    asked = Prompts([*unsafe, *safe])
+    asked = unsafe + safe
     label = np.arange(len(asked)) < len(unsafe)
     longest = max_new_tokens or answer_length(model)
     say("answers without the guard")

@@ -222,9 +222,10 @@ class Lab(Bench):
 
     def point(self, arm: Arm, seed: int, *, harmful_alone: bool = False) -> Point:
         """Answers to everything, judged; or to the harmful requests alone."""
-        text, options = None, {"batch_size": self.batch_size}
+        text, notes = None, list[str]()
         if self.text is not None:
-            text = perplexity(arm.model, self.text, arm.treatment, **options)
+            text = perplexity(arm.model, self.text, arm.treatment, batch_size=self.batch_size, notes=notes)
+        self.say(f"{arm.name}: {note}" for note in notes)
         answers = self.answered(arm, seed)
         others = [Completions()] * 2
         if not harmful_alone:
@@ -727,11 +728,17 @@ def questions_of(source: Source) -> Prompts:
 def solved(completions: Completions, prompts: Prompts) -> list[bool | None]:
     """Whether each completion gives its prompt's answer.
 
-    The same words, whatever their case, spaces and full stops; where the answer has a `####` mark, as in
+    None where the model gave NaN and there is none. The same words, whatever their case, spaces and full
+    stops; where the answer has a `####` mark, as in
     GSM8K, the same last number.
     """
     answers = {prompt.id: prompt.answer for prompt in prompts}
-    return [_solves(completion.completion, answers[completion.prompt_id] or "") for completion in completions]
+    return [
+        None
+        if completion.finish_reason == "failed"
+        else _solves(completion.completion, answers[completion.prompt_id] or "")
+        for completion in completions
+    ]
 
 
 def _solves(text: str, answer: str) -> bool:

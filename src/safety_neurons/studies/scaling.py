@@ -23,7 +23,6 @@ from safety_neurons.results import Difference, Rate, holm, rate
 from safety_neurons.results.measured import DoseRecord, ScalingRecord
 from safety_neurons.results.records import Recorded, called
 from safety_neurons.studies.bench import UNTREATED, Arm, ArmOutcome, Bench, How, contrast, try_out
-from safety_neurons.studies.verification import found_on
 
 FACTORS = (0.0, 0.5, 1.0, 2.0, 4.0)
 
@@ -110,7 +109,7 @@ def verify_scale(
     if not len(neurons):
         raise NeuronError("an empty set was given, expected at least one neuron")
     asked = sorted(float(factor) for factor in factors)
-    if not asked or len(set(asked)) < len(asked):
+    if not asked or len({f"{factor:g}" for factor in asked}) < len(asked):  # Arms are called by them.
         raise UsageError(f"factors {list(factors)}; expected at least one, none twice")
     neurons, guard = neurons.on(model.table), None if when is None else when.bind(model)
     try_out(model, functools.partial(scaled, model, neurons, asked[-1], when=guard))
@@ -151,7 +150,7 @@ def verify_scale(
         untreated=untreated,
         doses=tuple(_family(doses)),
         controls=tuple(controls),
-        overlap=found_on(neurons, bench),
+        overlap=bench.seen_in(neurons),
         notes=(*bench.notes, *unread),
         bench=bench,
     )

@@ -222,7 +222,8 @@ def helpfulness(name: str) -> Judging:
     kind, _, ending = name.partition(":")
     if kind == "ending" and normalised(ending):
         return lambda answers, _prompts: [
-            normalised(one.completion).endswith(normalised(ending)) for one in answers
+            None if one.finish_reason == "failed" else normalised(one.completion).endswith(normalised(ending))
+            for one in answers
         ]
     raise UsageError(f"helpfulness {name!r}: expected one of {', '.join(MEASURES)}")
 
@@ -230,7 +231,7 @@ def helpfulness(name: str) -> Judging:
 def _as_taught(answers: Completions, prompts: Prompts) -> Verdicts:
     taught = [None if prompt.answer is None else normalised(prompt.answer) for prompt in prompts]
     return [
-        None if text is None else normalised(one.completion) == text
+        None if text is None or one.finish_reason == "failed" else normalised(one.completion) == text
         for one, text in zip(answers, taught, strict=True)
     ]
 
@@ -392,6 +393,7 @@ def cross_patch(
     first, second = models
     try_out(models[first], functools.partial(patched, models[first], models[second], neurons))
     bench = Bench.of({"models": models, "neurons": neurons}, harmful, harmless, **how)
+    bench.say_seen(neurons)
     controls = (
         neurons.random_like(bench.seed, table=models[first].table, n=bench.random) if bench.random else []
     )

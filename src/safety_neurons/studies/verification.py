@@ -100,7 +100,7 @@ class SizePoint(Recorded[SizeRecord]):
     """One set size of a sweep."""
 
     size: float
-    """Share of the scored neurons."""
+    """Share of the neurons that were searched."""
     n_neurons: int
     treated: ArmOutcome
     random: tuple[ArmOutcome, ...]
@@ -362,7 +362,7 @@ def _sets(
             "an empty set was given, expected at least one neuron; find with a larger --top or a smaller "
             "--agreement"
         )
-    return [(len(neurons) / model.table.n_neurons, neurons)]
+    return [(neurons.on(model.table).share_of_neurons, neurons)]
 
 
 class SubjectModels:
@@ -475,7 +475,7 @@ def _verify(
         change=points[-1].change,
         harm_change=harm_change,
         max_new_tokens=bench.longest,
-        overlap=found_on(sets[-1][1], bench),
+        overlap=bench.seen_in(sets[-1][1]),
         notes=(*notes, *bench.notes),
         bench=bench,
         limits=None if subject.donor is None else limits,
@@ -513,12 +513,6 @@ def _everything(kind: str, sets: Sequence[NeuronSet], everything: NeuronSet) -> 
         f"the ceiling leaves out {numbered(len(routed), 'matrix', 'matrices')} of routed experts, which "
         "cannot be patched"
     ]
-
-
-def found_on(neurons: NeuronSet, bench: Bench) -> dict[str, int]:
-    """How many of the harmful and harmless prompts the set was found on."""
-    digests = neurons.provenance.config.get("prompt_digests") or []
-    return {"harmful": bench.harmful.overlap(digests), "harmless": bench.harmless.overlap(digests)}
 
 
 @contextlib.contextmanager
@@ -773,6 +767,7 @@ def progressive(
     neurons = neurons.on(model.table)
     facts = {"model": model, "neurons": neurons, "scores": scores}
     bench = Bench.of(facts, harmful, harmless, text, **{"random": 3, **how})
+    bench.say_seen(neurons)
     random, seed = bench.random, bench.seed
     walker = _Walker(bench, model, bench.measure(Arm(UNTREATED, model)))
     blocks = layer_blocks(neurons, points)

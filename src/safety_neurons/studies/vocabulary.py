@@ -29,7 +29,7 @@ from safety_neurons.prompt_lists import Prompts, as_prompts
 from safety_neurons.prompt_lists.readers import Source
 from safety_neurons.results import holm_in, paired_difference
 from safety_neurons.strict_json import JsonObject
-from safety_neurons.studies.bench import Progress, Treat, Treatment
+from safety_neurons.studies.bench import Progress, Treat, Treatment, said_of_seen
 from safety_neurons.studies.lengths import too_long
 
 Neuron = tuple[str, int]
@@ -228,7 +228,8 @@ def vocabulary(
         log_odds[name] = ruler.together(chosen)
     cards = tuple(_card(neuron, scores, written, found, effects, references) for neuron in chosen)
     asked = {"harmful": harmful, **({} if harmless is None else {"harmless": harmless})}
-    notes = (*too_long(model, asked, SCORED_TOKENS), *odds.notes)
+    seen = [] if scores is None else said_of_seen("harmful", harmful, scores)
+    notes = (*too_long(model, asked, SCORED_TOKENS), *odds.notes, *seen)
     return Cards(cards, log_odds, reference, odds.texts, notes)
 
 
