@@ -269,6 +269,7 @@ def test_vocabulary_and_progressive_are_one_command_each(tiny_pair, tmp_path):
     ("line", "said"),
     [
         (["languages", "--model", "nowhere", "--languages", "en"], "at least two"),
+        (["languages", "--model", "nowhere", "--languages", "en,de,en"], "none twice"),
         (["languages", "--model", "nowhere", "--method", "contrast"], "needs a pair"),
         (["languages", "--model", "nowhere", "--sets", "en=a.safetensors"], "no set for 'de'"),
         (["languages", "--model", "nowhere", "--find-prompts", "a.jsonl"], "{language}"),

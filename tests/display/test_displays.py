@@ -8,6 +8,7 @@ import json
 import re
 
 import pytest
+from markupsafe import Markup
 
 import guard_runs
 import report_runs
@@ -113,6 +114,16 @@ def test_the_numbers_of_the_record_stand_in_all_three(runs, shown, kind):
     for table in part_of(run).tables:
         assert plain(table.caption) in terminal
         assert plain(table.caption) in notebook
+
+
+def test_what_a_page_marks_stands_in_brackets_elsewhere():
+    assert plain(Markup("<bdi>to <mark>kill</mark> time &lt;mark&gt;</bdi>")) == "to [kill] time <mark>"
+
+
+def test_a_share_that_is_undefined_is_said_in_words(runs, shown):
+    run = runs["compare"]
+    for text in shown(with_result(run, ceiling_effect=UNDEFINED)):
+        assert "All neurons of the sites patched restore an undefined share" in text
 
 
 @pytest.mark.parametrize("kind", ["verify-patch", "verify-deactivate", "compare"])

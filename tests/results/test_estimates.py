@@ -219,6 +219,13 @@ def test_prompts_that_one_arm_left_unscored_are_left_out_of_all_and_counted():
     assert causal_effect([None], [1], [1]).why.startswith("no prompt")
 
 
+def test_two_numbers_of_one_prompt_are_no_yes_and_no():
+    """What else than the two there may be nobody knows."""
+    one = paired_difference([1.75], [1.5])
+    assert (one.value, one.low, one.high, one.clear) == (0.25, None, None, False)
+    assert paired_difference([7, 7, 3], [3, 7, 3]).low is not None
+
+
 def test_arms_of_different_length_are_an_error():
     with pytest.raises(InputError, match="same prompts"):
         causal_effect([0], [1, 1], [0])

@@ -3,6 +3,7 @@ up.
 """
 
 import functools
+import itertools
 import types
 
 import numpy as np
@@ -88,7 +89,10 @@ def test_a_set_holds_every_neuron_of_its_units(pair):
 
 def test_agreement_is_the_jaccard_index_of_units_beside_chance(compared):
     sets = {row.method: units_of(row.neurons) for row in compared.methods}
-    assert len(compared.agreement) == len(compared.methods) * (len(compared.methods) - 1) // 2
+    like = {(row.control["like"], row.method) for row in compared.methods if row.control is not None}
+    assert {tuple(pair["methods"]) for pair in compared.agreement} == {
+        *itertools.combinations(sets, 2)
+    } - like
     for pair in compared.agreement:
         first, second = (sets[name] for name in pair["methods"])
         assert pair["jaccard"] == pytest.approx(len(first & second) / len(first | second))
@@ -337,6 +341,7 @@ def test_what_cannot_be_compared_is_refused(pair, prompts):
         ({"top": 1.5}, "not a share"),
         ({"truth": NeuronSet({}, pair.base.table)}, "empty"),
         ({"methods": []}, "no method and no truth"),
+        ({"methods": ["contrast", "importance", "contrast"]}, "'contrast' is named twice"),
     ):
         with pytest.raises(UsageError, match=said):
             compare(pair.base, pair.aligned, *prompts, find_prompts=prompts[0], **options)

@@ -84,6 +84,9 @@ def test_activations_are_those_that_the_projection_sees(made, lm):
     assert values == sorted(values, reverse=True)
     assert {place["prompts"] for place in active["most_active"]} <= {"harmful", "harmless"}
     assert len({(place["before"], place["token"]) for place in active["most_active"]}) == len(values) > 1
+    for place in active["most_active"]:  # A tokenizer of whole words puts blanks between them.
+        read = f"{place['before']}{place['token']}{place['after']}"
+        assert read.split() == f"{place['before']} {place['token']} {place['after']}".split()
     assert active["least_active"][0]["value"] == min(place["value"] for place in active["least_active"])
 
 

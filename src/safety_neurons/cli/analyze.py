@@ -162,8 +162,10 @@ class LanguageStudy(
             raise UsageError(
                 f"--method {self.chosen} needs a pair; give --base, or choose importance or attribution"
             )
-        if len(self.codes) < 2:
-            raise UsageError(f"--languages {self.languages!r}: expected at least two, comma-separated")
+        if len(self.codes) < 2 or len(set(self.codes)) < len(self.codes):
+            raise UsageError(
+                f"--languages {self.languages!r}: expected at least two, comma-separated, none twice"
+            )
         for flag, text in (("--find-prompts", self.find_prompts), ("--test-prompts", self.test_prompts)):
             if "{language}" not in text:
                 raise UsageError(

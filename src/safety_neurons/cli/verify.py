@@ -279,8 +279,11 @@ class MethodBudget(JudgedBy, EarlyStop):
         """Also the shares and the names of methods."""
         super().check()
         parse_sizes(self.top, "--top")
-        for name in listed(self.methods) or ():
+        names = listed(self.methods) or ()
+        for name in names:
             by_name(name)
+            if names.count(name) > 1:
+                raise UsageError(f"--methods names {name!r} twice; expected every method once")
 
     def values(self) -> dict[str, Any]:
         """With one share as a number, so that 0.05 and 0.050 are the same run."""

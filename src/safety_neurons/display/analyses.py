@@ -26,6 +26,7 @@ from safety_neurons.display.parts import (
     dots_of,
     estimate_row,
     guarded,
+    portion,
     random_row,
     titled,
 )
@@ -500,7 +501,7 @@ def tax_part(run: ReportedRun) -> DisplayPart:
             *(
                 (
                     f"{interval(each[kind]['change'], signed=True)}; "
-                    f"{interval(each[kind]['share_of_gap'])} of the gap"
+                    f"{portion(each[kind]['share_of_gap'], 'the gap')}"
                 )
                 for kind in ("refused", "helpful")
             ),
@@ -601,7 +602,7 @@ def tax_findings(run: ReportedRun) -> list[Finding]:
             number(pair["overlap"]["value"], 0),
             count(pair["size"]),
             "more than" if beyond else "no more than",
-            chance_range(chance),
+            f"{number(chance['low'], 0)} to {number(chance['high'], 0)}",
         )
         made.append(Finding(YES if beyond else NO, shown + Markup(".")))
     for each in result["cross_patching"]:
@@ -692,7 +693,7 @@ def cards_part(run: ReportedRun) -> DisplayPart:
         or "an unknown amount",
     )
     for treatment, odds in result.get("log_odds", {}).items():
-        text = " Untreated the log-odds are {}; all of these {} change them by {}."
+        text = " Untreated the log-odds are {}; all of these together ({}) change them by {}."
         lead += say(
             text,
             number(odds["untreated"]),

@@ -32,6 +32,7 @@ from safety_neurons.display.parts import (
     counted,
     dots_of,
     estimate_row,
+    portion,
     random_row,
     titled,
     why_not,
@@ -147,10 +148,10 @@ def compare_part(run: ReportedRun) -> DisplayPart:
         ", ".join(visible(site, 8) for site in result["sites"]),
     )
     lead += say(
-        " All neurons of the sites patched restore {} of the difference", interval(result["ceiling_effect"])
+        " All neurons of the sites patched restore {}", portion(result["ceiling_effect"], "the difference")
     )
     if result.get("ceiling_by_parameters_effect"):
-        lead += say("; all their parameters {}", interval(result["ceiling_by_parameters_effect"]))
+        lead += say("; all their parameters {}", portion(result["ceiling_by_parameters_effect"], "it"))
     lead += Markup(".")
     names = [visible(row["method"], 40) for row in real]
     rows, domain = _interval_rows(result, names, "causal_effect")
@@ -323,11 +324,11 @@ def _truth(pair: Markup, result: Mapping[str, Any], chance: Sequence[Mapping[str
     for row in truth_of(result):
         seen = above_random(row, "against_random") or _needed(row)
         text = say(
-            "{}, the planted truth itself ({}) restores {} of the difference, and with it off {} of the "
+            "{}, the planted truth itself ({}) restores {}, and with it off {} of the "
             "harmful requests are no longer refused{}: ",
             pair,
             plural(row["n_units"], "unit"),
-            interval(row["causal_effect"]),
+            portion(row["causal_effect"], "the difference"),
             interval(row["necessity"]),
             _luck(chance),
         )

@@ -225,7 +225,9 @@ class Tile:
 
 def plain(text: object) -> str:
     """The words of a sentence or a cell, without tags, and with the blanks and signs of a keyboard."""
-    return (text.striptags() if isinstance(text, Markup) else str(text)).translate(KEYBOARD)
+    if isinstance(text, Markup):  # What a page marks stands in brackets where nothing can be marked.
+        text = text.replace(Markup("<mark>"), "[").replace(Markup("</mark>"), "]").striptags()
+    return str(text).translate(KEYBOARD)
 
 
 def titled(words: str, run: ReportedRun) -> Markup:
@@ -296,6 +298,11 @@ ARM_COLUMNS = (
     "KL per token of the requests, nats",
     "cut off",
 )
+
+
+def portion(effect: Mapping[str, Any], whole: str) -> str:
+    """`0.40 [0.20, 0.60] of the difference`, or that the share is undefined."""
+    return f"{interval(effect)} of {whole}" if effect["value"] is not None else "an undefined share"
 
 
 def counted(label: str, *rates: Mapping[str, Any] | None) -> str:

@@ -805,13 +805,14 @@ def clusters_of(groups: GroupLabels, n: int) -> Int[np.ndarray, " prompt"]:
 def _scale(rows: Float[np.ndarray, "arm prompt"]) -> float:
     """The largest difference two outcomes can have; 0 where it is not known.
 
-    Outcomes between 0 and 1 are known to stay there, and what only ever takes two values is yes and no on
-    another scale.
+    Outcomes between 0 and 1 are known to stay there, and what only ever takes two values, for more than one
+    prompt, is yes and no on another scale.
     """
-    levels = np.unique(rows[~np.isnan(rows)])
+    known = ~np.isnan(rows)
+    levels, several = np.unique(rows[known]), np.count_nonzero(known.any(axis=0)) > 1
     if not len(levels) or (levels[0] >= 0 and levels[-1] <= 1):
         return 1.0
-    return float(levels[1] - levels[0]) if len(levels) == 2 else 0.0
+    return float(levels[1] - levels[0]) if len(levels) == 2 and several else 0.0
 
 
 def _mean(row: np.ndarray) -> float | None:

@@ -145,8 +145,8 @@ class Comparison(Recorded[ComparisonRecord], Displayed):
     truth: MethodResult | None
     """The planted truth as a set, whole units at the searched sites; held against random sets by itself."""
     agreement: tuple[AgreementRecord, ...]
-    """For every two methods: Jaccard index of their units, and what two random sets of the budget would
-    have.
+    """For every two sets, but a random one and that which it was kept apart from: Jaccard index of their
+    units, and what two random sets of the budget would have.
     """
     bench: Bench = dataclasses.field(metadata=called(None))
     limits: Ceiling = dataclasses.field(metadata=called(None))
@@ -301,11 +301,15 @@ def check_methods(methods: Sequence[str] | None, texts: Collection[str]) -> list
         texts: what there is beside the harmful prompts: `harmless`, `general`.
 
     Raises:
-        UsageError: an unknown name, or a method that needs a text that is not there.
+        UsageError: an unknown name, one that comes twice, or a method that needs a text that is not there.
     """
+    names = list(METHODS if methods is None else methods)
+    double = next((name for name in names if names.count(name) > 1), None)
+    if double is not None:
+        raise UsageError(f"method {double!r} is named twice; expected every method once")
     lacks = {
         name: [text for text, needed in by_name(name).shown().items() if needed and text not in texts]
-        for name in (METHODS if methods is None else methods)
+        for name in names
     }
     if methods is None:
         return [name for name, lacking in lacks.items() if not lacking]
@@ -597,8 +601,11 @@ def _agreements(rows: Sequence[MethodResult], budget: int, n_units: int) -> tupl
     chance_overlap = budget * budget / n_units
     chance = chance_overlap / (2 * budget - chance_overlap)
     units = {row.method: _units(row.neurons) for row in rows}
+    like = {(row.control["like"], row.method) for row in rows if row.control is not None}
     pairs: list[AgreementRecord] = []
     for first, second in itertools.combinations(units, 2):
+        if (first, second) in like:  # Kept apart from this very set: no chance is in that.
+            continue
         with contextlib.suppress(ZeroDivisionError):
             jaccard = len(units[first] & units[second]) / len(units[first] | units[second])
             pairs.append({"methods": [first, second], "jaccard": jaccard, "chance": chance})

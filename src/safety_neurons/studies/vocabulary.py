@@ -442,11 +442,16 @@ def _context(model: LanguageModel, ids: Sequence[int], position: int) -> Mapping
     def text(part: Sequence[int]) -> str:
         return str(model.tokenizer.decode(list(part)))
 
-    around = {
-        "before": text(ids[max(0, position - BEFORE) : position]),
-        "after": text(ids[position + 1 : position + 1 + AFTER]),
-    }
-    return {"position": position, "token": text([ids[position]]), **around}
+    first, last = max(0, position - BEFORE), position + 1 + AFTER
+    before, token, after = (
+        text(part) for part in (ids[first:position], [ids[position]], ids[position + 1 : last])
+    )
+    # Some tokenizers put blanks between tokens that belong to none.
+    if before and text(ids[first : position + 1]) == f"{before} {token}":
+        before += " "
+    if after and text(ids[position:last]) == f"{token} {after}":
+        after = f" {after}"
+    return {"position": position, "token": token, "before": before, "after": after}
 
 
 # The refusal's log-odds of every prompt: mean log p(refusal) − mean log p(compliance), teacher-forced
