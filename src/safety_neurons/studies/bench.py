@@ -487,7 +487,8 @@ class Bench:
         notes: list[str] = []
         options: dict[str, Any] = {"batch_size": self.batch_size}
         treated = arm.treatment is not contextlib.nullcontext
-        text, drift = None, None
+        text: Rate | None = None
+        drift: float | None = None
         if self.text is not None:
             read = measure_perplexity(arm.model, self.text, arm.treatment, task="text", **options)
             text, notes = read.rate, [*read.notes]
