@@ -19,13 +19,16 @@ def class_names(features: Any) -> dict[str, list[str]]:
     """
     if isinstance(features, Sequence) and not isinstance(features, str):
         features = {one.get("name"): one.get("type") for one in features if isinstance(one, Mapping)}
-    found = {}
+    found: dict[str, list[str]] = {}
     for column, kind in features.items() if isinstance(features, Mapping) else ():
-        read = kind.get if isinstance(kind, Mapping) else lambda name, of=kind: getattr(of, name, None)
-        names = read("names")
-        if read("_type") == "ClassLabel" and isinstance(names, list) and all(map(str, names)):
+        names = _entry(kind, "names")
+        if _entry(kind, "_type") == "ClassLabel" and isinstance(names, list):
             found[str(column)] = list(map(str, names))
     return found
+
+
+def _entry(kind: Any, name: str) -> Any:
+    return kind.get(name) if isinstance(kind, Mapping) else getattr(kind, name, None)
 
 
 def with_class_names(

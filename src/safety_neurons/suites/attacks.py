@@ -372,7 +372,7 @@ def _from_prompt(prompt: Prompt, *, wrapped: bool) -> AttackPrompt:
     }
     return AttackPrompt(
         text["behavior_id"] or prompt.id,
-        text["goal"] or (wrapped and (text["behavior"] or text["behaviour"])) or "",
+        text["goal"] or ((text["behavior"] or text["behaviour"]) if wrapped else ""),
         prompt.text,
         text["method"] or "unknown",
         text["source_model"],
