@@ -5,7 +5,9 @@
 Three pairs of a random Llama: (IA)³ adapters on one base, LoRA adapters on one base, two separate models.
 Every repetition runs plain and patched generation of each pair, in an order that turns from one repetition to
 the next; the ratio of a repetition is paired. Plain generation is the base view's own (its adapters active,
-by PEFT). What the hooks alone take is measured by hook_cost.py.
+by PEFT). What the hooks alone take is measured by hook_cost.py. On a shared base every row has the donor's
+beside it, so plain generation of twice the rows stands in the same turns: what it costs is arithmetic and no
+hook's (it has the head's for the donor's rows too, which a patched pass leaves out).
 """
 
 import argparse
@@ -30,7 +32,9 @@ from safety_neurons.interventions import patched
 from safety_neurons.model import LanguageModel, load
 from safety_neurons.neurons import NeuronSet
 
-TARGETS = {"ia3": 1.6, "lora": 1.8, "separate": 2.2}
+TARGETS = {"ia3": 1.15, "lora": 1.15, "separate": 1.6}
+TWICE = "ia3"
+"""The pair whose rows are generated twice as many at once, too."""
 
 
 def arguments() -> argparse.Namespace:
@@ -142,16 +146,16 @@ def actions_of(
     neurons: NeuronSet,
     options: argparse.Namespace,
     ids: torch.Tensor,
+    floor: bool = False,
 ) -> dict[str, Callable[[], Any]]:
-    """Plain and patched generation of one pair."""
+    """Plain and patched generation of one pair; with a floor, plain generation of twice the rows."""
     base, aligned = pair
-    mask = torch.ones_like(ids)
 
-    def run() -> Any:
+    def run(rows: torch.Tensor = ids) -> Any:
         with torch.no_grad():
             return base.model.generate(
-                input_ids=ids,
-                attention_mask=mask,
+                input_ids=rows,
+                attention_mask=torch.ones_like(rows),
                 max_new_tokens=options.new,
                 min_new_tokens=options.new,
                 do_sample=False,
@@ -167,7 +171,11 @@ def actions_of(
         with patched(base, aligned, neurons):
             return run()
 
-    return {"plain": plain, "patched": with_patch}
+    def twice() -> Any:
+        with base.active():
+            return run(ids.repeat(2, 1))
+
+    return {"plain": plain, "patched": with_patch, **({"twice the rows": twice} if floor else {})}
 
 
 def interval(values: list[float], seed: int = 0) -> dict[str, float]:
@@ -184,7 +192,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     ).to(options.device)
     pairs = {kind: pair_of(kind, options) for kind in options.pairs}
     actions = {
-        kind: actions_of(pair, chosen_neurons(pair[0], options.share), options, ids)
+        kind: actions_of(pair, chosen_neurons(pair[0], options.share), options, ids, floor=kind == TWICE)
         for kind, pair in pairs.items()
     }
     for kind in actions.values():
@@ -208,6 +216,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "met": ratio["median"] <= TARGETS[kind] + 0.02 and ratio["low"] <= TARGETS[kind],
             "seconds": {name: statistics.median(values) for name, values in took.items()},
         }
+        for name in took.keys() - {"plain", "patched"}:
+            rows = [b / a for a, b in zip(took["plain"], took[name], strict=True)]
+            results[kind][name] = interval(rows)
     return {"setting": setting(options), "results": results}
 
 
@@ -240,6 +251,11 @@ def main() -> None:
         print(
             f"{kind:9} patched ÷ plain {ratio['median']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}] "
             f"(≤ {result['target']})"
+            + "".join(
+                f"; {name} {found['median']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+                for name, found in result.items()
+                if name == "twice the rows"
+            )
         )
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -102,6 +102,11 @@ def patching(options: argparse.Namespace) -> list[Row]:
         Row(f"patched generation ÷ plain, {PAIRS[kind]}", median_of(result["ratio"]), result["target"])
         for kind, result in record["results"].items()
     ]
+    rows += [
+        Row("plain generation of twice the rows ÷ plain", median_of(result["twice the rows"]), None)
+        for result in record["results"].values()
+        if "twice the rows" in result
+    ]
     return written("patching", rows, record, options)
 
 
