@@ -666,7 +666,8 @@ def _refuse_pairs(run: Run, keys: tuple[str, ...], longest: int) -> None:
 def _encoded(run: Run) -> tuple[list[list[int]], PromptCounts]:
     """Token ids of every prompt that has some."""
     read: list[Encoded] = []
-    failed, why = 0, None
+    failed = 0
+    why: Any = None
     for number in range(len(run.prompts)):
         try:
             read += run.aligned.encode(run.prompts[number : number + 1])
