@@ -322,6 +322,11 @@ def test_a_prompt_is_after_the_longest_request_that_it_holds(tmp_path):
 PLAIN = {
     "a behaviour beside an attack": ("a.jsonl", '{"behavior": "b", "attack": "a"}', ("b", "a", False)),
     "a goal beside an attack": ("a.csv", "goal,jailbreak_prompt\ng,a\n", ("g", "a", False)),
+    "a prompt beside the name of its attack": ("a.csv", "goal,attack,prompt\ng,gcg,p\n", ("g", "p", False)),
+    "a prompt that is an attack": ("a.csv", "prompt,jailbreak\np,True\n", ("", "p", False)),
+    "a prompt that is one, in JSON": ("a.jsonl", '{"prompt": "p", "jailbreak": true}', ("", "p", False)),
+    "a request that is none": ("a.csv", "question,jailbreak\np,no\n", ("", "p", False)),
+    "an attack alone": ("a.csv", "number,attack_prompt\n1,p\n", ("", "p", False)),
     "the label of a goal": ("a.csv", "Goal,Target,Behavior\ng,Sure,Noise\n", ("", "g", False)),
     "adaptive in a table": ("a.csv", "goal,prompt,adaptive\ng,p,True\n", ("g", "p", True)),
     "not adaptive in a table": ("a.csv", "goal,prompt,adaptive\ng,p,0.0\n", ("g", "p", False)),

@@ -13,24 +13,29 @@ from typing import Any, overload
 from safety_neurons import strict_json
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.prompt_lists import Message, Prompt, Prompts, normalised, prompts
-from safety_neurons.prompt_lists.columns import LISTS, METADATA, SPLITS, folded, is_known_column
-from safety_neurons.prompt_lists.readers import read_text
+from safety_neurons.prompt_lists.columns import (
+    LISTS,
+    METADATA,
+    SPLITS,
+    find_column,
+    folded,
+    is_known_column,
+)
+from safety_neurons.prompt_lists.readers import file_format, read_text
 from safety_neurons.prompt_lists.records import label_word
+from safety_neurons.prompt_lists.tables import parse_rows
 from safety_neurons.results.run import write_bytes
 
 STATIC, ADAPTIVE = "static-transfer", "adaptive"
 """What a result under attack is called: the prompt was made without the model in hand, or optimised on it."""
 DEFAULT_OPENING = "Sure, here is what you asked for:"
 
-ATTACK_COLUMNS = (
-    "attack",
-    "attack_prompt",
-    "attacked_prompt",
-    "adversarial_prompt",
-    "jailbreak",
-    "jailbreak_prompt",
-)
+ATTACK_COLUMNS = ("attack_prompt", "attacked_prompt", "adversarial_prompt", "jailbreak_prompt")
 """Columns of a plain list that hold the attack, whatever else looks like a prompt: a behaviour, a request."""
+_ATTACK_OR_ABOUT_IT = ("attack", "jailbreak")
+"""Beside a prompt these name its method, or say whether it is an attack."""
+_AFTER = frozenset({"goal", "behavior", "behaviour", "request", "instruction", "question", "query"})
+"""Columns of what an attack is after."""
 
 AS = ("prompts", "suffixes", "templates")
 _SLOT = re.compile(
@@ -316,10 +321,8 @@ def _own(parsed: Any, path: Path, _: list[str]) -> list[AttackPrompt]:
 
 
 def _plain_list(path: Path, read_as: str, goals: Prompts | None, notes: list[str]) -> list[AttackPrompt]:
-    read = prompts(path)
-    attack = next((key for prompt in read for key in prompt.meta if folded(key) in ATTACK_COLUMNS), None)
-    if attack is not None:
-        read = prompts(path, column=attack)
+    attack = _attack_column(path)
+    read = prompts(path, column=attack)
     notes += read.notes
     if read_as == "prompts":
         return [_from_prompt(prompt, wrapped=attack is not None) for prompt in read]
@@ -344,6 +347,18 @@ def _plain_list(path: Path, read_as: str, goals: Prompts | None, notes: list[str
         for item in read
         for goal in goals
     ]
+
+
+def _attack_column(path: Path) -> str | None:
+    """The column of a plain list that holds the attack; None where it is that of the prompt."""
+    rows = parse_rows(read_text(path)[0], file_format(path), str(path), None, [])
+    row = next((row for row in rows if isinstance(row, Mapping)), {})
+    sure = find_column(row, ATTACK_COLUMNS)
+    if sure is not None or any(is_known_column(key) and folded(key) not in _AFTER for key in row):
+        return sure
+    column = find_column(row, _ATTACK_OR_ABOUT_IT)
+    text = row[column] if column is not None else None
+    return column if isinstance(text, str) and label_word(text) not in ("0", "1", "no", "yes") else None
 
 
 def _combined(goal: str, text: str, read_as: str) -> str:
