@@ -616,6 +616,12 @@ SAID = {
         "named .txt but holds JSON",
     ),
     "JSON as text": ("a.txt", '[\n{"prompt": "a"},\n"b"]', ["a", "b"], "named .txt but holds JSON"),
+    "what stands beside records in JSON as text": (
+        "a.txt",
+        '{"k": ["z"], "prompts": [{"prompt": "a"}]}',
+        ["a"],
+        "left out what stands beside",
+    ),
     "brackets in text": ("a.txt", "[INST] a [/INST]\n{b}\n", ["[INST] a [/INST]", "{b}"], None),
     "a name in text": ("a.txt", "prompt\na\n", ["prompt", "a"], "looks like the name of a column"),
     "the hub's viewer": (

@@ -66,7 +66,7 @@ def _plain_lines(text: str, name: str, column: str | None, notes: list[str]) -> 
     """One row a line; what is plainly a file of another kind is read as that, or refused."""
     if _is_json(text):
         notes.append("named .txt but holds JSON; read as such")
-        return _json(text, name, column, [])
+        return (_json_lines if _holds_lines(text) else _json)(text, name, column, notes)
     text = text if "\n" in text else text.replace("\r", "\n")  # line ends of old Macs
     first = next(_lines(text), "").strip()
     for delimiter in "\t;,|":
