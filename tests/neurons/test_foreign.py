@@ -206,6 +206,9 @@ def test_weights_become_shares_of_rows_and_columns_and_masks_are_taken_as_they_a
         stored = {name: values.astype(kind) for name, values in mask.items()}
         assert foreign.weight_scores(stored, stored, TABLE)["layers.0.down"].max() == 0
         assert foreign.weight_scores(stored, None, TABLE) == foreign.weight_scores(mask, None, TABLE)
+    nothing = {name: np.zeros_like(values) for name, values in safety.items()}  # as of layers that are pruned
+    assert foreign.weight_scores(safety, nothing, TABLE) == foreign.weight_scores(safety, None, TABLE)
+    assert foreign.weight_scores(nothing, utility, TABLE) == foreign.weight_scores(nothing, None, TABLE)
     with pytest.raises(NeuronError, match="a mask in one of the files"):
         foreign.weight_scores(mask, utility, TABLE)
     with pytest.raises(NeuronError, match="in each of the two"):

@@ -321,8 +321,10 @@ def weight_scores(
                 f"{str(path)!r} has a matrix of {safety[name].shape} for {name[:80]!r}, and the model's is "
                 f"{shape} ([out, in]); it is another model's, or transposed"
             )
+        if other is not None and not other.any():
+            other = None  # Of nothing but zeros, mask or numbers, nothing is taken away.
         masks = [bool(np.isin(one, (0, 1)).all()) for one in (values, other) if one is not None]
-        if len(set(masks)) > 1:
+        if len(set(masks)) > 1 and values.any():
             raise NeuronError(
                 f"{name[:80]!r} is a mask in one of the files and numbers in the other; expected either"
             )
