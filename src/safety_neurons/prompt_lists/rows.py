@@ -739,14 +739,15 @@ def _shared(value: Any) -> str | None:
 
 
 def _with_groups_of_copies(read: list[Prompt]) -> list[Prompt]:
-    """The prompts, those that say the same in one group where they have none: a copy tells nothing new."""
-    places: dict[str, list[int]] = {}
-    for place, prompt in enumerate(read):
-        places.setdefault(prompt.sha256, []).append(place)
-    copied = {place: read[few[0]].id for few in places.values() if len(few) > 1 for place in few}
+    """The prompts, those that say the same in one group where they have none: a copy tells nothing new.
+
+    Groups are called by what their prompts say: ids of several lists may be alike.
+    """
+    hashes = [prompt.sha256 for prompt in read]
+    count = Counter(hashes)
     return [
-        dataclasses.replace(prompt, group=f"copies of {copied[place]}")
-        if place in copied and prompt.group is None
+        dataclasses.replace(prompt, group=f"copies of {said[:16]}")
+        if count[said] > 1 and prompt.group is None
         else prompt
-        for place, prompt in enumerate(read)
+        for prompt, said in zip(read, hashes, strict=True)
     ]
