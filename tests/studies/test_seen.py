@@ -109,3 +109,24 @@ def test_what_is_left_out_of_perplexity_and_divergence_is_said(pair):
     said = [note for note in found.notes if note.startswith("factor 1e+38: ")]
     assert any("2 of 2 texts" in note for note in said), found.notes
     assert any("2 of 2 sequences" in note for note in said), found.notes
+
+
+def test_texts_that_are_too_long_are_said_once_of_all_arms_and_others_with_the_arm(pair):
+    long = Prompts.from_list(["red tree " * 200])
+    found = studies.verify_scale(
+        pair.aligned,
+        NeuronSet({"layers.0.down": [0]}, pair.base.table),
+        HARM,
+        FINE,
+        text=long,
+        random=2,
+        **OPTIONS,
+    )
+    said = [note for note in found.notes if "1 of 1 texts are longer" in note]
+    assert len(said) == 1
+    assert said[0].startswith("text: ")
+    bench = studies.bench.Bench(HARM)
+    bench.say_of(
+        studies.bench.Arm("aligned", pair.aligned), ["text: 1 of 2 texts failed", "text: 1 was left out"]
+    )
+    assert bench.notes == ["aligned: text: 1 of 2 texts failed", "text: 1 was left out"]

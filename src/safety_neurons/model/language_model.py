@@ -362,9 +362,7 @@ class LanguageModel:
         whole = [encode_text(tokenizer, text, templated=True) for text in texts]
         longer = sum(len(ids) > most for ids in whole)
         if notes is not None and longer:
-            notes.append(
-                f"{longer} of {len(whole)} texts are longer than {most} tokens: their end was left out"
-            )
+            notes.append(f"{longer} of {len(whole)} texts are longer than {most} tokens: their end {CUT}")
         return [ids[:most] for ids in whole]
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -465,7 +463,9 @@ class LanguageModel:
         return pending.completions
 
 
-LEFT_OUT = "prompts were longer than the context: their middle was left out"
+CUT = "was left out"
+"""What notes on texts and prompts that are too long end with, whatever the model then makes of them."""
+LEFT_OUT = f"prompts were longer than the context: their middle {CUT}"
 """What a note on such prompts ends with."""
 
 

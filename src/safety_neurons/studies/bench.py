@@ -24,7 +24,7 @@ from safety_neurons.model.batches import BatchSize
 from safety_neurons.model.chat_server import Endpoint
 from safety_neurons.model.decoding import Decoding
 from safety_neurons.model.identity import identity, json_sha256
-from safety_neurons.model.language_model import LEFT_OUT, generate
+from safety_neurons.model.language_model import CUT, LEFT_OUT, generate
 from safety_neurons.neurons import NeuronSet, Scores
 from safety_neurons.prompt_lists import Prompt, Prompts, as_prompts
 from safety_neurons.prompt_lists.readers import Source
@@ -461,6 +461,16 @@ class Bench:
             [*said_of_seen("harmful", self.harmful, *found), *said_of_seen("harmless", self.harmless, *found)]
         )
 
+    def say_of(self, arm: Arm, notes: Iterable[str]) -> None:
+        """Add notes on what was measured of an arm, with its name; once and without one what is so of every
+        arm: what does not fit the context, and what the untreated model leaves out.
+        """
+        self.say(
+            note if note.endswith(CUT) or arm.name == UNTREATED else f"{arm.name}: {note}"
+            for note in notes
+            if note not in self.notes
+        )
+
     def tell(self, name: str) -> None:
         """Say what is measured now."""
         if self.progress is not None:
@@ -486,18 +496,14 @@ class Bench:
         )
         notes: list[str] = []
         options: dict[str, Any] = {"batch_size": self.batch_size}
-        treated = arm.treatment is not contextlib.nullcontext
         text: Rate | None = None
         drift: float | None = None
         if self.text is not None:
             read = measure_perplexity(arm.model, self.text, arm.treatment, task="text", **options)
             text, notes = read.rate, [*read.notes]
-        if treated:
+        if arm.treatment is not contextlib.nullcontext:
             drift = divergence(arm.model, self.harmless, arm.treatment, notes=notes, **options)
-        # What the untreated model leaves out is left out everywhere, and said once.
-        self.say(
-            f"{arm.name}: {note}" if treated else note for note in notes if note not in self.answers.notes
-        )
+        self.say_of(arm, notes)
         every = [*answers.completions, *others.completions]
         return ArmOutcome(
             arm.name,

@@ -432,7 +432,7 @@ class _Rows:
         found = measure_perplexity(
             arm.model, self.text, arm.treatment, task="text", batch_size=self.bench.batch_size
         )
-        self.bench.say(found.notes)
+        self.bench.say_of(arm, found.notes)
         return found.rate
 
     def controls(self, rows: Sequence[MethodResult]) -> list[MethodResult]:

@@ -558,6 +558,6 @@ def _ability(
         for one in wanted
     )
     harmless = tuple(bench.refused(arm, "harmless"))
-    bench.say(f"{arm.name}: {note}" for each in measured for note in each.notes)
+    bench.say_of(arm, [note for each in measured for note in each.notes])
     answered = tuple(solved(bench.completed(arm, "task"), bench.task)) if len(bench.task) else None
     return Ability(name, measured, harmless, answered, (bench.harmless.groups, bench.task.groups))

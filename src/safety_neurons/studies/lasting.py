@@ -225,7 +225,7 @@ class Lab(Bench):
         text, notes = None, list[str]()
         if self.text is not None:
             text = perplexity(arm.model, self.text, arm.treatment, batch_size=self.batch_size, notes=notes)
-        self.say(f"{arm.name}: {note}" for note in notes)
+        self.say_of(arm, notes)
         answers = self.answered(arm, seed)
         others = [Completions()] * 2
         if not harmful_alone:
