@@ -213,6 +213,16 @@ def test_tables_of_many_comparisons_say_that_the_family_wise_rate_is_held(runs, 
     assert HELD in notebook or "lengths" in changed, "what a page folds is not in a notebook"
 
 
+def test_the_change_of_harm_is_counted_with_the_family_of_a_sweep(runs, shown):
+    deactivated = runs["verify-deactivate"]
+    harm = paired_difference([0] * 20, [1] * 20).to_json()
+    sizes = holm_in([deactivated.result["sizes"][-1]] * 11)
+    number = sum(one["p_holm"] is not None for one in comparisons(sizes))
+    for told, count in ((harm, number), ({**harm, "p_holm": 0.5}, number + 1)):
+        terminal, *_ = shown(with_result(deactivated, sizes=sizes, harm_change=told))
+        assert f"Of {count} {HELD}" in terminal
+
+
 def test_a_set_that_is_switched_off_bit_by_bit_is_many_comparisons(shown, tmp_path):
     rate = {"value": 0.5, "low": 0.3, "high": 0.7, "n": 20, "unscored": 0}
     point = {

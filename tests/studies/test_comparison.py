@@ -2,6 +2,7 @@
 up.
 """
 
+import dataclasses
 import functools
 import itertools
 import types
@@ -234,6 +235,17 @@ def test_all_differences_of_methods_are_one_family(pair, prompts):
         told = (row.against_random, row.necessity_against_random, row.necessity)
         assert all(one.p_holm >= one.p for one in told)
     assert all(row.necessity.p_holm is None for row in found.methods[4:])
+
+
+def test_without_random_sets_what_is_lost_is_a_family_too(compared):
+    made = types.SimpleNamespace(verdicts={}, bench=types.SimpleNamespace(harmful=Prompts([])))
+    first = compared.methods[0]
+    row = dataclasses.replace(first, necessity=dataclasses.replace(first.necessity, p_holm=None))
+    for number, held in ((MANY, False), (MANY + 1, True)):
+        rows = [dataclasses.replace(row, method=f"m{one}") for one in range(number)]
+        rows = comparison._Rows.compared(made, rows)
+        assert [row.necessity.p_holm is not None for row in rows] == [held] * number
+        assert all(row.against_random is compared.methods[0].against_random for row in rows)
 
 
 def test_a_set_without_which_general_text_has_become_unlikely_breaks_the_model(pair, prompts, monkeypatch):

@@ -112,7 +112,8 @@ def arms_table(run: ReportedRun, ranked: str = "") -> Table:
         rows += _point_rows(point, f"{count(point['n_neurons'])} {word} ({share(point['size'])})")
         quiet += [len(rows) - 1] if point["random"] else []
     rows += _ceilings(result, word, ceiling_called(result) == "ceiling")
-    caption = captioned(f"Every arm{ranked}; shares with 95\u00a0% intervals", result["sizes"])
+    family = [result["sizes"], result.get("harm_change")]
+    caption = captioned(f"Every arm{ranked}; shares with 95\u00a0% intervals", family)
     if not paired:
         return Table(caption, ARM_COLUMNS, [row[:-1] for row in rows], frozenset(quiet))
     return Table(caption, [*ARM_COLUMNS, "causal effect"], rows, frozenset(quiet))

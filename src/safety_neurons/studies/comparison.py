@@ -459,31 +459,26 @@ class _Rows:
     def compared(self, rows: Sequence[MethodResult]) -> list[MethodResult]:
         """The rows, each method's beside the random sets; of more than ten, the family-wise rate is held."""
         chance = [self.verdicts[row.method] for row in rows if row.method.startswith(RANDOM)]
-        lost_off = {row.method: row.necessity for row in rows if not row.method.startswith(RANDOM)}
-        real = list(lost_off)
-        if not chance:
-            return list(rows)
         shared = self.bench.harmful.groups
-        patched_in = [
-            against_random(self.verdicts[name][0], [one for one, _ in chance], shared) for name in real
-        ]
-        # Lost with the set off: the sign of refusals with it off.
-        off = [
-            against_random(_lost(self.verdicts[name][1]), [_lost(other) for _, other in chance], shared)
-            for name in real
-        ]
-        held, n = holm([*patched_in, *off, *lost_off.values()]), len(real)
-        parts = zip(held[:n], held[n : 2 * n], held[2 * n :], strict=True)
-        against = dict(zip(real, parts, strict=True))
+        told: dict[tuple[str, str], Difference] = {}
+        for row in rows:
+            if row.method.startswith(RANDOM):
+                continue
+            told[row.method, "necessity"] = row.necessity
+            if chance:
+                patched_in, off = self.verdicts[row.method]
+                told[row.method, "against_random"] = against_random(
+                    patched_in, [one for one, _ in chance], shared
+                )
+                # Lost with the set off: the sign of refusals with it off.
+                told[row.method, "necessity_against_random"] = against_random(
+                    _lost(off), [_lost(other) for _, other in chance], shared
+                )
+        held = dict(zip(told, holm(list(told.values())), strict=True))
         return [
             dataclasses.replace(
-                row,
-                against_random=against[row.method][0],
-                necessity_against_random=against[row.method][1],
-                necessity=against[row.method][2],
+                row, **{name: one for (method, name), one in held.items() if method == row.method}
             )
-            if row.method in against
-            else row
             for row in rows
         ]
 

@@ -483,8 +483,8 @@ def _verify(
 
 
 def _held(points: Sequence[SizePoint], harm_change: Difference) -> tuple[list[SizePoint], Difference]:
-    """The differences of a sweep; of more than ten the family-wise rate is held, but for that of what comes
-    in the place of refusals, which is asked beside another that has to be clear too.
+    """The differences of a sweep and that of harm; of more than ten the family-wise rate is held. `loss`
+    stays apart: it is asked of a set only where another difference is clear too.
     """
     told = [one for point in points for one in (point.change, point.against_random) if one is not None]
     *held, harm = holm([*told, harm_change])
