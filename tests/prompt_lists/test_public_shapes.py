@@ -652,7 +652,7 @@ SAID = {
         "a.jsonl",
         '{"prompt": "a", "completion": "b", "label": false}\n{"prompt": "c", "response": "d", "is_safe": 0}',
         ["a", "c"],
-        "2 answers are marked by the row as not safe or not wanted",
+        "2 answers are marked false or not safe by the row",
     ),
     "texts by keys": (
         "a.json",

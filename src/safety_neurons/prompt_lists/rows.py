@@ -662,7 +662,7 @@ def _odd(read: Sequence[Prompt], replaced: int) -> list[str]:
         (_missing(answers), "answer says", "answers say", missing),
         (numbers if numbers > len(texts) / 4 else 0, "prompt is a number", "prompts are numbers", "; kept"),
         (damaged - replaced, "text holds", "texts hold", "what a wrong decoding leaves (\ufffd); kept"),
-        (bad, "answer is", "answers are", "marked by the row as not safe or not wanted; kept"),
+        (bad, "answer is", "answers are", "marked false or not safe by the row; kept"),
     )
     return [
         f"{numbered(count, one, more)}{'' if what[0] == ';' else ' '}{what}"
