@@ -7,7 +7,7 @@ import pytest
 from safety_neurons import studies
 from safety_neurons.model import load_pair
 from safety_neurons.neurons import NeuronSet, Provenance, Scores
-from safety_neurons.prompt_lists import Prompts
+from safety_neurons.prompt_lists import Prompts, prompts
 from tiny_pair import HARMFUL, HARMLESS
 
 OPTIONS = {"max_new_tokens": 3, "batch_size": 6}
@@ -92,6 +92,16 @@ def test_what_shares_a_group_or_comes_twice_is_on_one_side():
     twice = Prompts.from_list([HARMFUL[0], HARMFUL[1], HARMFUL[0].upper(), HARMFUL[2]])
     find, test = studies.Groups.halves({"doubled": twice})
     assert not find.members["doubled"].overlap(test.members["doubled"])
+    copied = prompts(
+        [*HARMFUL[:2], HARMFUL[0], *HARMFUL[2:4], HARMFUL[0].upper()]
+    )  # Of two a group is known.
+    bridged = [
+        dataclasses.replace(one, group="g" if number in (1, 5) else None) for number, one in enumerate(copied)
+    ]
+    for whole in (copied, Prompts(bridged)):
+        find, test = studies.Groups.halves({"copied": whole})
+        assert not find.members["copied"].overlap(test.members["copied"])
+    assert {prompt.id for prompt in find.members["copied"]} >= {"0", "1", "2", "5"}
     plain = Prompts.from_list(HARMFUL[:5])
     find, test = studies.Groups.halves({"plain": plain})
     assert list(find.members["plain"]) == list(plain)[::2]

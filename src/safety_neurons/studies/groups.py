@@ -106,7 +106,7 @@ class Groups:
         """
         sides: tuple[dict[str, Prompts], ...] = {}, {}
         for name, prompts in lists.items():
-            shared = clusters_of([prompt.group or prompt.digest for prompt in prompts], len(prompts))
+            shared = _hanging_together(prompts)
             for side, part in enumerate(sides):
                 mine = (prompt for prompt, number in zip(prompts, shared, strict=True) if number % 2 == side)
                 part[name] = Prompts(mine, name)
@@ -138,6 +138,18 @@ class Groups:
                 "expected a field that tells them apart, such as category"
             )
         return Groups(kept)
+
+
+def _hanging_together(prompts: Prompts) -> list[int]:
+    """A number for every prompt, in order, one for all that share a group or ask the same."""
+    numbers: dict[str, int] = {}
+    for place, prompt in enumerate(prompts):
+        labels = [f"asks {prompt.digest}", *([f"group {prompt.group}"] if prompt.group else [])]
+        met = {numbers[label] for label in labels if label in numbers}
+        if len(met) > 1:
+            numbers = {label: min(met) if number in met else number for label, number in numbers.items()}
+        numbers |= dict.fromkeys(labels, min(met, default=place))
+    return clusters_of([str(numbers[f"asks {prompt.digest}"]) for prompt in prompts], len(prompts)).tolist()
 
 
 def find_by_group(
