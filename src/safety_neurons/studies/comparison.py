@@ -475,12 +475,11 @@ class _Rows:
                     _lost(off), [_lost(other) for _, other in chance], shared
                 )
         held = dict(zip(told, holm(list(told.values())), strict=True))
-        return [
-            dataclasses.replace(
-                row, **{name: one for (method, name), one in held.items() if method == row.method}
-            )
-            for row in rows
-        ]
+
+        def changed(row: MethodResult) -> dict[str, Any]:
+            return {name: one for (method, name), one in held.items() if method == row.method}
+
+        return [dataclasses.replace(row, **changed(row)) for row in rows]
 
 
 def routed_keys(neurons: NeuronSet) -> list[str]:
