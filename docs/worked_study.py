@@ -154,9 +154,13 @@ def keep(page: str, folder: pathlib.Path, before: dict[str, Any]) -> dict[str, A
     numbers = {}
     for path in quoted(page):
         name = path.split(".")[0]
-        if name not in records and name in unchanged and path in before["numbers"]:
-            numbers[path] = before["numbers"][path]
-            continue
+        if name not in records and name in unchanged:
+            whole, _, part = path.rpartition(".")
+            kept = before["numbers"].get(whole)  # A rate is kept whole, and a page may quote its value alone.
+            known = {path: kept[part]} if isinstance(kept, dict) and part in kept else before["numbers"]
+            if path in known:
+                numbers[path] = known[path]
+                continue
         try:
             numbers[path] = at(records, path)
         except (KeyError, IndexError, TypeError, StopIteration):

@@ -60,6 +60,17 @@ def test_numbers_stay_where_a_command_has_no_new_record_and_is_unchanged(study, 
     assert not any(path.startswith("found.") for path in without["numbers"])
 
 
+def test_the_value_of_a_rate_that_was_kept_whole_is_known_without_a_record(study, page, kept, tmp_path):
+    path, rate = next(
+        (path, value)
+        for path, value in kept["numbers"].items()
+        if isinstance(value, dict) and value.get("low") is not None
+    )
+    quoting = f"{page}\n<!--{path}.low|.3f-->?<!--/-->\n"
+    numbers = study.keep(quoting, tmp_path, kept)["numbers"]
+    assert numbers == {**kept["numbers"], f"{path}.low": rate["low"]}
+
+
 def test_a_number_or_a_command_that_is_changed_by_hand_is_noticed(study, page, kept):
     mark = next(mark for mark in study.MARK.finditer(page) if re.fullmatch(r"\d+", mark["text"]))
     forged = page.replace(mark[0], mark[0].replace(f">{mark['text']}<", f">{int(mark['text']) + 1}<"))
