@@ -249,7 +249,8 @@ def test_compare_puts_all_methods_side_by_side(tiny_pair, tmp_path):
         }
         assert row["recall"] is None
         assert row["n_units"] == result["budget"] == 10
-    assert len(result["agreement"]) == len(names) * (len(names) - 1) / 2
+    apart = 2  # Either random set was kept apart from one method's, and its agreement with that is none.
+    assert len(result["agreement"]) == len(names) * (len(names) - 1) / 2 - apart
     for name in expected:
         file = f"{name}-10.scores.safetensors" if name == "mask" else f"{name}.scores.safetensors"
         assert len(Scores.load(tmp_path / "run" / file)) == 96

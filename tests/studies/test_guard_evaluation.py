@@ -397,8 +397,8 @@ def test_rates_that_too_few_safe_requests_support_are_not_shown(found):
         in found.result["tpr_at_fpr"]["0.01"]["why"]
     )
     scores, labels = np.arange(1000.0), np.arange(1000) >= 500
-    assert at(scores, labels, 0.01, 0)["value"] == 1
-    assert at(scores, labels, 0.001, 0)["value"] is None
+    assert at(scores, labels, 0.01)["value"] == 1
+    assert at(scores, labels, 0.001)["value"] is None
 
 
 def test_one_reading_of_a_conversation_is_what_the_guard_says_of_its_whole_alone(model, guard, found):
