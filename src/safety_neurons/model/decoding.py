@@ -282,6 +282,56 @@ def following(told: Leaving) -> Iterator[None]:
         _FOLLOWED_BY.remove(told)
 
 
+SHARED = 8
+"""Tokens from which on it pays to read what all prompts of a batch begin with in a pass of its own."""
+
+
+def common_start(ids: Int[Tensor, "row token"], mask: Int[Tensor, "row token"]) -> int:
+    """How many tokens all rows begin with, the last of the shortest row not counted.
+
+    Args:
+        ids: padded on the left.
+        mask: 0 where there is padding.
+    """
+    lengths = mask.sum(1)
+    places = ids.shape[1] - lengths[:, None] + torch.arange(int(lengths.min()) - 1, device=ids.device)
+    begins = ids.gather(1, places)
+    return int((begins == begins[:1]).all(0).cumprod(0).sum())
+
+
+def _begun(model: Any, ids: Int[Tensor, "row token"], mask: Int[Tensor, "row token"], cache: Any) -> Any:
+    """The empty cache, with the first columns of the batch in it where all its rows begin alike, as with a
+    chat template: what they share is read in one row, and laid to each where that begins.
+
+    So every column holds what a pass of the whole batch would put there. Whoever follows rows from their
+    first pass on gets whole prompts.
+    """
+    windows = [layer.sliding_window - 1 for layer in cache.layers if getattr(layer, "sliding_window", None)]
+    shared = min(common_start(ids, mask), *windows, ids.shape[1])
+    if shared < SHARED or _FOLLOWED_BY:
+        return cache
+    first = ids[:1, ids.shape[1] - int(mask[0].sum()) :][:, :shared]
+    accepted = inspect.signature(unwrapped(model).forward).parameters
+    fewer = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+    given = {"attention_mask": torch.ones_like(first), cache_name(model): cache, "use_cache": True}
+    model(input_ids=first, **given, **fewer)
+    cache.batch_repeat_interleave(len(ids))
+    padding = ids.shape[1] - mask.sum(1)
+    places = (torch.arange(shared, device=ids.device) - padding[:, None]).clamp(min=0)
+    for held in (cache, getattr(cache, "twin", None)):  # A patch's donor may keep a cache of its own.
+        for layer in getattr(held, "layers", ()):
+            layer.keys, layer.values = _laid(layer.keys, places), _laid(layer.values, places)
+    return cache
+
+
+def _laid(
+    states: Float[Tensor, "held head token feature"], places: Int[Tensor, "row token"]
+) -> Float[Tensor, "held head token feature"]:
+    """Every row's states at other places; the cache may hold the rows twice, for a patch and its donor."""
+    at = places.to(states.device).repeat(len(states) // len(places), 1)
+    return states.gather(2, at[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))
+
+
 class _Thinned:
     """A stopping criterion that interrupts a batch when a share of its rows has ended."""
 
@@ -308,7 +358,7 @@ def decoded(
 
     Greedy. Rows that have ended leave the batch with their part of the cache, which costs nothing of the
     others: one long answer does not keep the whole batch at work. The cache has room, so that a step copies
-    none of it.
+    none of it; what all prompts begin with is read once.
 
     Args:
         model: with `generate`, in evaluation mode; its cache holds rows by themselves (`rows_can_leave`).
@@ -323,7 +373,7 @@ def decoded(
     written: list[list[int]] = [[] for _ in ids]
     failed = [False] * len(ids)
     rows, left = list(range(len(ids))), int(settings.max_new_tokens)
-    passed = roomy_cache(model, left)
+    passed = {name: _begun(model, ids, mask, cache) for name, cache in roomy_cache(model, left).items()}
     settings.return_dict_in_generate = True
     while True:
         width, finite = ids.shape[1], Finite(min(ends, default=pad_id))
