@@ -26,8 +26,9 @@ import transformers
 
 import patching_cost
 from paired import CLOCKS, Clock, Row, finish, median, parser
+from safety_neurons.interventions.columns import columns
 from safety_neurons.interventions.patch import StackedPass
-from safety_neurons.interventions.targets import Subject, indices
+from safety_neurons.interventions.targets import Subject
 from safety_neurons.model import hooks
 from safety_neurons.model.hooks import editing
 
@@ -131,7 +132,7 @@ def main() -> None:
         finish("hook_counts", rows, options, {"shape": vars(shape), "ratios": counted}, load)
         return
     state = StackedPass(
-        subject, subject, indices(subject.anatomy, patching_cost.chosen_neurons(base, shape.share))
+        subject, subject, columns(subject.anatomy, patching_cost.chosen_neurons(base, shape.share))
     )
     idle = dict.fromkeys(state.editors(), lambda activation: activation)
     with base.active():

@@ -47,8 +47,9 @@ from paired import CLOCKS, Clock, Row, finish, interleaved, median, medians, par
 from peers_paper2 import Paper2
 from safety_neurons.detectors.importance import ImportanceReaders
 from safety_neurons.interventions import patched
+from safety_neurons.interventions.columns import columns
 from safety_neurons.interventions.patch import StackedPass
-from safety_neurons.interventions.targets import Subject, indices
+from safety_neurons.interventions.targets import Subject
 from safety_neurons.model import LanguageModel, activation_statistics, load
 from safety_neurons.model.batches import Batch, batches, collate, forward
 from statistics_cost import MLP, PLACES, ByHand, Sums, sums_of
@@ -541,7 +542,7 @@ def step_inside(options: argparse.Namespace) -> list[float]:
     """Milliseconds a token and layer that hooks take within a patched step of SmolLM2."""
     base, _ = patching_cost.pair_of("ia3", shape_of(options))
     subject = Subject.of(base)
-    state = StackedPass(subject, subject, indices(subject.anatomy, patching_cost.chosen_neurons(base, 0.05)))
+    state = StackedPass(subject, subject, columns(subject.anatomy, patching_cost.chosen_neurons(base, 0.05)))
     ids = torch.randint(3, 1000, (8, options.prompt), generator=torch.Generator().manual_seed(1))
     with base.active():
         return hook_cost.step_times(subject, state.editors(), ids, options.repetitions, CLOCKS[options.clock])

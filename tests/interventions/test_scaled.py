@@ -133,6 +133,19 @@ def test_what_cannot_be_is_refused(model: LanguageModel) -> None:
     no_hooks(model.model)
 
 
+class Left:
+    """Writes down which rows of a batch are left."""
+
+    def __init__(self, left: list[list[int]]) -> None:
+        self.left = left
+
+    def alike(self) -> None:
+        return None
+
+    def keep(self, _: object, rows: torch.Tensor) -> None:
+        self.left.append(rows.tolist())
+
+
 def test_rows_that_leave_a_batch_take_their_answers_with_them() -> None:
     inner = tiny_llama(3)
     with torch.no_grad():
@@ -152,7 +165,7 @@ def test_rows_that_leave_a_batch_take_their_answers_with_them() -> None:
         every = answers(1)
     with (
         scaled(model, neurons, 3, when=lambda rows: [flags[tuple(row)] for row in rows]),
-        following(lambda _cache, rows: left.append(rows.tolist())),
+        following(Left(left)),
     ):
         together = answers(12)
     assert left

@@ -12,8 +12,10 @@ import transformers
 from families import build
 from safety_neurons.errors import ModelError, UnsupportedModelError
 from safety_neurons.model import LanguageModel, estimate
+from safety_neurons.model import outline as outline_module
 from safety_neurons.model.batches import Batch, forward
-from safety_neurons.model.cost import Work, _probe_tokens, cost
+from safety_neurons.model.cost import CostEstimate, Work, _forward, _probe_tokens, cost
+from safety_neurons.model.decoding import SHARED
 from safety_neurons.model.hooks import around
 from safety_neurons.model.outline import Outline, outlines
 from safety_neurons.model.pace import Throughput, TimedLayers
@@ -110,6 +112,34 @@ def test_no_logits_are_counted_where_none_are_needed(tmp_path: pathlib.Path) -> 
     assert written.logits_bytes == 262144 * (2 + 4)  # of one token a sequence
     assert written.cache_bytes == 32008 * 2 * 2 * 8 * 2
     assert read.memory_bytes < losses.memory_bytes
+
+
+def test_arms_that_answer_together_share_batches_and_what_prompts_begin_with(tmp_path: pathlib.Path) -> None:
+    [outline], _ = outlines([tiny_llama_folder(tmp_path / "model")])
+
+    def planned(**how: int) -> CostEstimate:
+        work = Work("answers", (40,) * 10, passes=0, new_tokens=8, answers=4, **how)
+        return cost(outline, [work], 0, 0)
+
+    apart, together, pair = planned(), planned(together=4), planned(together=4, models=2)
+    assert together.cache_bytes == 4 * apart.cache_bytes > 0
+    assert pair.cache_bytes == 2 * together.cache_bytes
+    assert together.flops == apart.flops
+    for shared, spared in ((SHARED - 1, 0), (SHARED, 4 * 10 - 4)):
+        less = together.flops - planned(together=4, shared=shared).flops
+        assert less == pytest.approx(spared * _forward(outline, shared))
+
+
+def test_what_every_prompt_begins_with_is_the_templates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        outline_module, "UNLIKE", ("kill me", "tell it")
+    )  # which the tiny tokenizer tells apart
+    lm = LanguageModel(tiny_llama(), tiny_tokenizer(CHAT_TEMPLATE))
+    bare = LanguageModel(lm.model)
+    rows = [row.ids for row in lm.encode(["kill me", "tell it", "zebra"])]
+    begins = [len(set(column)) == 1 for column in zip(*rows, strict=False)]
+    assert Outline.of(lm).common_start == begins.index(False) > 0
+    assert Outline.of(bare).common_start == 0
 
 
 def test_an_estimate_adds_up_what_can_be_counted() -> None:

@@ -182,6 +182,52 @@ def test_harmful_and_harmless_requests_are_answered_in_the_same_batches(pair, tm
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "batches"),
+    [
+        ("verify deactivate", [20, 4 * 20]),  # untreated; the set, two random ones and the ceiling
+        ("verify patch", [20, 20, 4 * 20, 20]),  # both models; the same; the ceiling by parameters
+        ("compare", [20, 20, 4 * 20, 3 * 10, 20]),
+        ("languages", [10, 3 * 10]),
+        ("transfer", [10, 10, 10, 10, 3 * 10, 10]),
+    ],
+)
+def test_arms_whose_treatments_join_are_answered_in_the_same_batches(
+    name, batches, pair, tmp_path, monkeypatch
+):
+    asked = [Prompts.from_list([f"{one.text} {n}" for one in ASKED[kind] for n in "ab"]) for kind in ASKED]
+    neurons = NeuronSet({"layers.0.down": range(0, 40, 2), "layers.1.down": range(9)}, pair.base.table)
+    studied = {
+        "verify deactivate": lambda **more: studies.verify_deactivate(pair.aligned, neurons, *asked, **more),
+        "verify patch": lambda **more: studies.verify_patch(*pair_of, neurons, *asked, **more),
+        "compare": lambda **more: studies.compare(
+            *pair_of, *asked, find_prompts=asked[0], truth=neurons, methods=[], **more
+        ),
+        "languages": lambda **more: studies.deactivation_matrix(
+            pair.aligned, {"en": neurons}, {"en": asked[0]}, **more
+        ),
+        "transfer": lambda **more: studies.transfer(
+            *pair_of, {"en": neurons}, {"en": asked[0]}, asked[1], tasks=(), **more
+        ),
+    }[name]
+    pair_of, passed, generate = (pair.base, pair.aligned), [], language_model._generate_rows
+    monkeypatch.setattr(
+        language_model, "_generate_rows", lambda *given: passed.append(len(given[2])) or generate(*given)
+    )
+
+    def found(file):
+        passed.clear()
+        result = studied(random=2, max_new_tokens=6, completions_file=tmp_path / file / "answers.jsonl")
+        kept = bench.Completions.load(tmp_path / file / "answers.jsonl")
+        return result.record(), {(one.arm, one.prompt_id): one for one in kept}
+
+    together, several = found("together"), [rows for rows in passed if rows > 1]
+    assert several == batches
+    monkeypatch.setattr(bench.Arm, "joins", lambda *_: False)
+    assert found("apart") == together
+    assert max(passed) <= 20
+
+
 def test_a_killed_study_that_had_written_answers_in_another_order_ends_with_the_same_bytes(pair, tmp_path):
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
     outcomes, _ = written(pair.base, whole)

@@ -164,12 +164,20 @@ class Planner:
 
         return Work(what, tuple(lengths), **how)
 
-    def asked(self, arms: float | int, *names: str, models: int = 1, limit: Any = "limit") -> "Work":
-        """Requests that are answered in so many arms."""
+    def asked(
+        self, arms: float | int, *names: str, models: int = 1, limit: Any = "limit", together: int = 1
+    ) -> "Work":
+        """Requests that are answered in so many arms, so many of them in the same batches."""
         new = self.longest
-        lengths = self.lengths(*names, limit=limit, reserve=new)
         return self.read(
-            f"answers in {arms:g} arms", lengths, passes=0, models=models, new_tokens=new, answers=arms
+            f"answers in {arms:g} arms",
+            self.lengths(*names, limit=limit, reserve=new),
+            passes=0,
+            models=models,
+            new_tokens=new,
+            answers=arms,
+            together=together,
+            shared=self.outline.common_start,
         )
 
     def measured(self, arms: float | int, name: str = "text", limit: Any = None) -> "Work":
@@ -318,10 +326,14 @@ def _verify(planner: Planner) -> "list[Work]":
         sets = 1 if options["neurons"] is not None else len(parse_sizes(options["sizes"]))
     treated, patch = sets * (1 + options["random"]), kind in ("patch", "both")
     # Untreated, aligned and the ceiling by parameters; untreated, the sets off and the ceiling.
-    lone = 3 * patch + (0 if kind == "patch" else 1 + treated + (kind != "scale"))
+    lone, off = 3 * patch + (kind != "patch"), 0 if kind == "patch" else treated + (kind != "scale")
     patched = patch * (treated + 1)
-    pairs = [planner.asked(patched, "harmful", "harmless", models=2)] if patched else []
-    return [planner.asked(lone, "harmful", "harmless"), *pairs, planner.measured(patched + lone)]
+    works = [planner.asked(lone, "harmful", "harmless")]
+    if patched:
+        works.append(planner.asked(patched, "harmful", "harmless", models=2, together=patched))
+    if off:
+        works.append(planner.asked(off, "harmful", "harmless", together=1 if kind == "scale" else off))
+    return [*works, planner.measured(patched + lone + off)]
 
 
 def _compare(planner: Planner) -> "list[Work]":
@@ -333,11 +345,12 @@ def _compare(planner: Planner) -> "list[Work]":
         others = planner.lengths("find_harmless") if method.HARMLESS != "none" else ()
         others += planner.lengths("find_general") if method.GENERAL != "none" else ()
         works += planner.found(method, planner.lengths("prompts") if method.PROMPTS else (), others)
-    rows = len(names) + options["random"] + 1 + (options["truth"] is not None)  # and the ceiling
+    rows = len(names) + options["random"] + (options["truth"] is not None)
     return [
         *works,
-        planner.asked(2 + rows, "harmful", "harmless"),
-        planner.asked(rows, "harmful", "harmless", models=2),
+        planner.asked(3, "harmful", "harmless"),  # both models, and the ceiling by parameters
+        planner.asked(rows, "harmful", together=rows),
+        planner.asked(rows + 1, "harmful", "harmless", models=2, together=rows + 1),  # and the ceiling
         planner.measured(rows, "find_general", "limit"),
     ]
 
@@ -462,7 +475,7 @@ def _transfer(planner: Planner) -> "list[Work]":
         *planner.found(
             with_options(options["method"] or "contrast", max_new_tokens=planner.longest), prompts
         ),
-        planner.asked(arms, "harmful", "harmless", models=2, limit=None),
+        planner.asked(arms, "harmful", "harmless", models=2, limit=None, together=1 + options["random"]),
     ]
 
 
@@ -475,7 +488,7 @@ def _vocabulary(planner: Planner) -> "list[Work]":
 def _progressive(planner: Planner) -> "list[Work]":
     options = planner.options
     arms = 1 + options["points"] * (2 + 2 * options["random"])
-    return [planner.asked(arms, "harmful", "harmless"), planner.measured(arms)]
+    return [planner.asked(arms, "harmful", "harmless", together=arms - 1), planner.measured(arms)]
 
 
 def _tax(planner: Planner) -> "list[Work]":
@@ -489,7 +502,7 @@ def _tax(planner: Planner) -> "list[Work]":
         for work in planner.found(method, planner.lengths("prompts", "also", limit="find_limit"))
     ]
     arms = 1 + trainings + 2 * (1 + options["random"])
-    return [*found, planner.asked(arms, "harmful", "harmless", models=2)]
+    return [*found, planner.asked(arms, "harmful", "harmless", models=2, together=1 + options["random"])]
 
 
 def _doctor(planner: Planner) -> "list[Work]":

@@ -33,14 +33,14 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from safety_neurons.errors import DecodeError, MismatchError, UsageError
+from safety_neurons.interventions.by_row import ByRow, by_row
+from safety_neurons.interventions.columns import Columns, columns, indices
 from safety_neurons.interventions.targets import (
-    PerDevice,
     Subject,
     active,
     announce,
     constant_editors,
     dense_only,
-    indices,
     withdraw,
 )
 from safety_neurons.model.decoding import cache_in, cache_name, without_cache
@@ -363,10 +363,10 @@ class StackedPass:
     Args:
         base: The view that is patched.
         aligned: The view that gives its activations, on the same model.
-        chosen: The neurons, one sorted index tensor per key.
+        chosen: The columns of every site.
     """
 
-    def __init__(self, base: Subject, aligned: Subject, chosen: Mapping[str, Int[Tensor, " neuron"]]) -> None:
+    def __init__(self, base: Subject, aligned: Subject, chosen: Mapping[str, Columns]) -> None:
         self.base, self.aligned = base, aligned
         self.follower = Follower(doubled=True)
         self._chosen = dict(chosen)
@@ -378,16 +378,17 @@ class StackedPass:
         """For each site, the edit that copies the chosen activations from the second half of the rows to the
         first.
         """
-        sizes = self.base.anatomy.table.sizes
-        return {key: self._copier(PerDevice(index, sizes[key])) for key, index in self._chosen.items()}
+        return {key: self._copier(at) for key, at in self._chosen.items()}
 
-    def _copier(self, index: PerDevice) -> Callable[[Tensor], Tensor]:
+    def _copier(self, at: Columns) -> Callable[[Tensor], Tensor]:
         def copy(activation: Float[Tensor, "*rows neuron"]) -> Float[Tensor, "*rows neuron"]:
             self._fired += 1
             patched, donor = activation.chunk(2)
             if activation.requires_grad:
+                index = at.of_all_rows
                 return torch.cat([index.copied(patched, index.taken(donor)), donor])
-            index.move_(patched, donor)
+            for (rows, index), (source, _) in zip(at.of(patched), at.of(donor), strict=True):
+                index.move_(rows, source)
             return activation
 
         return copy
@@ -466,18 +467,17 @@ class TwinPass:
     Args:
         base: The model that is patched.
         aligned: The model that gives its activations; the same modules or others.
-        chosen: The neurons, one sorted index tensor per key.
+        chosen: The columns of every site.
     """
 
-    def __init__(self, base: Subject, aligned: Subject, chosen: Mapping[str, Int[Tensor, " neuron"]]) -> None:
+    def __init__(self, base: Subject, aligned: Subject, chosen: Mapping[str, Columns]) -> None:
         self.base, self.aligned = base, aligned
         self.shared = base.body is aligned.body
         self.follower = Follower(doubled=False)
-        sizes = base.anatomy.table.sizes
-        self._chosen = {key: PerDevice(index, sizes[key]) for key, index in chosen.items()}
+        self._chosen = dict(chosen)
         self._names = list(inspect.signature(type(base.body).forward).parameters)[1:]
         self._known = set(inspect.signature(type(aligned.body).forward).parameters)
-        self._recorded: dict[str, Tensor] = {}
+        self._recorded: dict[str, list[Tensor]] = {}
         self._recording = False
         self._fired = 0
         self._new_twin: Any = None
@@ -495,18 +495,18 @@ class TwinPass:
         return {key: self._recorder(key) for key in self._chosen}
 
     def _recorder(self, key: str) -> Editor:
-        index = self._chosen[key]
+        at = self._chosen[key]
 
         def record(activation: Float[Tensor, "*rows neuron"]) -> Float[Tensor, "*rows neuron"]:
             if self._recording:
-                taken = index.taken(activation)
-                self._recorded[key] = taken.clone() if index.whole else taken
+                taken = ((index.taken(rows), index.whole) for rows, index in at.of(activation))
+                self._recorded[key] = [rows.clone() if whole else rows for rows, whole in taken]
             return activation
 
         return record
 
     def _editor(self, key: str) -> Editor:
-        index = self._chosen[key]
+        at = self._chosen[key]
         record = self._recorder(key)
 
         def overwrite(activation: Float[Tensor, "*rows neuron"]) -> Float[Tensor, "*rows neuron"]:
@@ -518,10 +518,11 @@ class TwinPass:
                 raise DecodeError(
                     f"{key}: the donor gave no activation in this pass; run both models eagerly"
                 )
-            values = values.to(device=activation.device, dtype=activation.dtype)
+            values = [one.to(device=activation.device, dtype=activation.dtype) for one in values]
             if activation.requires_grad:
-                return index.copied(activation, values)
-            index.copied_(activation, values)
+                return at.of_all_rows.copied(activation, values[0])
+            for (rows, index), taken in zip(at.of(activation), values, strict=True):
+                index.copied_(rows, taken)
             return activation
 
         return overwrite
@@ -600,7 +601,7 @@ def _to(value: Any, device: torch.device) -> Any:
 def patched(
     base: Any,
     aligned: Any,
-    neurons: NeuronSet | Mapping[str, Any],
+    neurons: NeuronSet | Mapping[str, Any] | ByRow,
     *,
     mode: str = "donor",
     alpha: float = 1.0,
@@ -625,7 +626,8 @@ def patched(
         base: The model to patch: a `LanguageModel` or a Hugging Face model.
         aligned: The donor; not used (and may be None) by the other modes. The same object as `base` patches
             it with itself.
-        neurons: Which activations. An empty set leaves `base` as it is, bit for bit.
+        neurons: Which activations; or, from a donor, those of every row (`ByRow`). An empty set leaves `base`
+            as it is, bit for bit.
         mode: `donor`, `mean` (set to `values`), `zero`, `noise` (add `alpha` × `values` × a standard normal
             draw), or `scale` (the neuron's own activation times `alpha`).
         alpha: The factor of `noise` and `scale`.
@@ -644,18 +646,22 @@ def patched(
         DecodeError: While running: a cache or decoding mode that the donor cannot follow.
     """
     subject = Subject.of(base)
-    chosen = indices(subject.anatomy, neurons)
+    if isinstance(neurons, ByRow) and mode != "donor":
+        raise UsageError(f"mode {mode!r} arrived; rows with neurons of their own are patched from a donor")
+    chosen = columns(subject.anatomy, neurons)
     dense_only(chosen, subject.anatomy, "patching")
     with contextlib.ExitStack() as stack:
         stack.enter_context(evaluating(subject.model))
         stack.enter_context(active(subject))
-        if mode != "donor":
+        if not isinstance(neurons, ByRow) and mode != "donor":
+            one = indices(subject.anatomy, neurons)
             stack.enter_context(
-                editing(subject.anatomy, constant_editors(subject, chosen, mode, alpha, values, seed))
+                editing(subject.anatomy, constant_editors(subject, one, mode, alpha, values, seed))
             )
         else:
             donor = _donor(subject, aligned)
             if chosen:
+                stack.enter_context(by_row(neurons))
                 _follow(stack, subject, donor, chosen)
         yield base
 
@@ -697,7 +703,9 @@ def _of_text(subject: Subject, name: str) -> Any:
     return None if config is None else getattr(config.get_text_config(decoder=True), name, None)
 
 
-def _follow(stack: contextlib.ExitStack, base: Subject, donor: Subject, chosen: dict[str, Any]) -> None:
+def _follow(
+    stack: contextlib.ExitStack, base: Subject, donor: Subject, chosen: Mapping[str, Columns]
+) -> None:
     """Puts the donor, in evaluation mode as the base model is, beside every pass of the base model until the
     stack closes.
     """

@@ -19,6 +19,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from safety_neurons.errors import DecodeError, NeuronError, UnsupportedModelError, UsageError
+from safety_neurons.interventions.by_row import ByRow, by_row
+from safety_neurons.interventions.columns import Columns, PerDevice, columns, indices
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.batches import decoder_of
 from safety_neurons.model.decoding import cache_in, following
@@ -102,26 +104,6 @@ def _body(model: nn.Module, anatomy: Anatomy) -> nn.Module:
     return model.get_submodule(".".join(names))
 
 
-def indices(
-    anatomy: Anatomy, *neuron_sets: NeuronSet | Mapping[str, Any]
-) -> dict[str, Int[Tensor, " neuron"]]:
-    """The union of neuron sets as one sorted index tensor per key, checked against the model.
-
-    Raises:
-        ForeignModelError: A set was found on another architecture.
-        NeuronError: A key or an index that the model does not have.
-    """
-    union: NeuronSet | None = None
-    for given in neuron_sets:
-        one = given if isinstance(given, NeuronSet) else NeuronSet(given)
-        one.check(anatomy.table)
-        union = one if union is None else union | one
-    if union is None:
-        return {}
-    members = {key: torch.tensor(union[key], dtype=torch.int64) for key in union.keys()}  # noqa: SIM118
-    return {key: member for key, member in members.items() if len(member)}
-
-
 def dense_only(chosen: Mapping[str, Any], anatomy: Anatomy, what: str) -> None:
     """Refuses keys of routed experts, which have no activation of their own at every token.
 
@@ -135,62 +117,6 @@ def dense_only(chosen: Mapping[str, Any], anatomy: Anatomy, what: str) -> None:
             f"where the router chose its expert; leave out the {len(routed)} expert keys, or deactivate "
             "them"
         )
-
-
-SMALL = 2**16
-"""Numbers of an activation up to which one selection over all of it is cheaper than taking columns and
-putting them back.
-"""
-
-
-class PerDevice:
-    """One index tensor, copied once to every device it is asked for on."""
-
-    def __init__(self, index: Int[Tensor, " neuron"], size: int) -> None:
-        self.whole = len(index) == size
-        self._size = size
-        self._copies: dict[torch.device, Tensor] = {index.device: index}
-        self._masks: dict[torch.device, Tensor] = {}
-
-    def on(self, device: torch.device) -> Int[Tensor, " neuron"]:
-        """The index tensor on a device."""
-        copy = self._copies.get(device)
-        if copy is None:
-            copy = self._copies[device] = next(iter(self._copies.values())).to(device)
-        return copy
-
-    def mask_on(self, device: torch.device) -> Bool[Tensor, " site"]:
-        """Which columns are chosen, on a device."""
-        mask = self._masks.get(device)
-        if mask is None:
-            mask = torch.zeros(self._size, dtype=torch.bool, device=device)
-            mask[self.on(device)] = True
-            self._masks[device] = mask
-        return mask
-
-    def move_(self, target: Float[Tensor, "*rows neuron"], source: Float[Tensor, "*rows neuron"]) -> None:
-        """Overwrites the chosen columns of `target` with those of `source`, in place."""
-        if self.whole or target.numel() > SMALL:
-            self.copied_(target, self.taken(source))
-        else:
-            torch.where(self.mask_on(target.device), source, target, out=target)
-
-    def taken(self, source: Float[Tensor, "*rows neuron"]) -> Float[Tensor, "*rows chosen"]:
-        """The chosen columns."""
-        return source if self.whole else source.index_select(-1, self.on(source.device))
-
-    def copied(
-        self, target: Float[Tensor, "*rows neuron"], values: Float[Tensor, "*rows chosen"]
-    ) -> Float[Tensor, "*rows neuron"]:
-        """`target` with its chosen columns replaced."""
-        return values if self.whole else target.index_copy(-1, self.on(target.device), values)
-
-    def copied_(self, target: Float[Tensor, "*rows neuron"], values: Float[Tensor, "*rows chosen"]) -> None:
-        """Replaces the chosen columns in place."""
-        if self.whole:
-            target.copy_(values)
-        else:
-            target.index_copy_(-1, self.on(target.device), values)
 
 
 def per_site(values: Any, key: str, index: Int[Tensor, " neuron"], size: int) -> Tensor:
@@ -315,7 +241,9 @@ def constant_editors(
             None if values is None or mode in ("zero", "scale") else per_site(values, key, index, sizes[key])
         )
         at, change = PerDevice(index, sizes[key]), _change(mode, alpha, given, draws)
-        editors[key] = _silencer(at, subject) if change is None else _edit(subject, at, change)
+        editors[key] = (
+            _silencer(Columns([(0, at)]), subject) if change is None else _edit(subject, at, change)
+        )
     return editors
 
 
@@ -350,7 +278,7 @@ class _Draws:
 
 
 @contextlib.contextmanager
-def deactivated(model: Any, *neuron_sets: NeuronSet | Mapping[str, Any]) -> Iterator[Any]:
+def deactivated(model: Any, *neuron_sets: NeuronSet | Mapping[str, Any] | ByRow) -> Iterator[Any]:
     """Runs the model as if the parameters of some neurons were zero, inside a ``with`` block.
 
     The activation of every chosen neuron is set to zero at every token, which gives the logits of a model
@@ -375,11 +303,11 @@ def deactivated(model: Any, *neuron_sets: NeuronSet | Mapping[str, Any]) -> Iter
         NeuronError: An index outside the model's sites.
     """
     subject = Subject.of(model)
-    chosen = indices(subject.anatomy, *neuron_sets)
+    chosen = columns(subject.anatomy, *neuron_sets)
     with evaluating(subject.model), active(subject), contextlib.ExitStack() as stack:
         if chosen:
-            sizes = subject.anatomy.table.sizes
-            editors = {key: _silencer(PerDevice(index, sizes[key]), subject) for key, index in chosen.items()}
+            editors = {key: _silencer(at, subject) for key, at in chosen.items()}
+            stack.enter_context(by_row(*neuron_sets))
             stack.enter_context(editing(subject.anatomy, editors))
         yield model
 
@@ -414,16 +342,18 @@ def rerouted(model: Any, neurons: NeuronSet | Mapping[str, Any]) -> Iterator[Any
         yield model
 
 
-def _silencer(index: PerDevice, subject: Subject) -> Callable[[Any], Tensor]:
+def _silencer(at: Columns, subject: Subject) -> Callable[[Any], Tensor]:
     def silence(
         activation: Float[Tensor, "batch token neuron"] | ExpertRows,
     ) -> Float[Tensor, "*rows neuron"]:
         own = own_rows(subject, activation)
         if own is None and isinstance(activation, Tensor) and not activation.requires_grad:
             # Nothing else reads it, and a copy costs a decoding step as much as the zeros.
-            return activation.index_fill_(-1, index.on(activation.device), 0)
+            for rows, index in at.of(activation):
+                rows.index_fill_(-1, index.on(rows.device), 0)
+            return activation
         values = activation.values if isinstance(activation, ExpertRows) else activation
-        silenced = values.index_fill(-1, index.on(values.device), 0)
+        silenced = values.index_fill(-1, at.of_all_rows.on(values.device), 0)
         return silenced if own is None else torch.where(own, silenced, values)
 
     return silence
@@ -484,7 +414,7 @@ def scaled(
             }
             if asked is not None:
                 stack.enter_context(around(subject.body, before=asked.begin))
-                stack.enter_context(following(asked.keep))
+                stack.enter_context(following(asked))
             stack.enter_context(editing(subject.anatomy, editors))
         yield model
 
@@ -493,7 +423,7 @@ def _scaler(
     index: PerDevice, factor: float, subject: Subject, asked: "Conditional | None"
 ) -> Callable[[Any], Tensor]:
     if factor == 0 and asked is None:
-        return _silencer(index, subject)
+        return _silencer(Columns([(0, index)]), subject)
     change: Edit = torch.zeros_like if factor == 0 else lambda own: own * factor
 
     def scale(
@@ -563,8 +493,11 @@ class Conditional:
         if cache is not None:
             self._by_cache[cache] = self._flags
 
+    def alike(self) -> None:
+        """Nothing is known of rows that were not read."""
+
     def keep(self, cache: Any, rows: Int[Tensor, " row"]) -> None:
-        """Keeps the answers of the rows that are left in a cache."""
+        """Keeps the answers of some rows of a cache."""
         if cache in self._by_cache:
             self._by_cache[cache] = self._by_cache[cache][rows.cpu()]
 

@@ -13,7 +13,8 @@ import torch
 
 from safety_neurons.counting import numbered
 from safety_neurons.model.batches import BatchSize, plan, token_budget
-from safety_neurons.model.language_model import LanguageModel
+from safety_neurons.model.decoding import SHARED
+from safety_neurons.model.language_model import CACHE_BYTES, WIDEST, LanguageModel
 from safety_neurons.model.outline import Outline
 from safety_neurons.model.pace import Reading, ReadingPace, Throughput, attended_in
 from safety_neurons.model.passes import LOGIT_BYTES
@@ -37,6 +38,8 @@ class Work:
         models: How many models read it.
         new_tokens: Longest answer; 0 where none is written.
         answers: How often each is answered, over all arms and samples.
+        together: Of these, how many in the same batches.
+        shared: Tokens that all begin with, which a batch reads once for each of these.
         logits: Whether the logits of every token are needed.
         backward: Whether gradients are taken, so that what all layers computed is kept.
         exact: Of exact importance of every neuron, computed in the pass: the tokens of a short prompt, and
@@ -58,6 +61,8 @@ class Work:
     models: int = 1
     new_tokens: int = 0
     answers: float | int = 0
+    together: int = 1
+    shared: int = 0
     logits: bool = False
     backward: bool = False
     exact: tuple[int, int] | None = None
@@ -351,10 +356,12 @@ class _Sizes:
 
 def _sizes(outline: Outline, work: Work, batch_size: BatchSize) -> _Sizes:
     """Of the largest batch of a work."""
-    full = [length + work.new_tokens for length in work.lengths]
+    full = [length + work.new_tokens for length in work.lengths for _ in range(work.together)]
     if not full:
         return _Sizes()
     budget = token_budget(outline.device)
+    if work.new_tokens and outline.device.type == "cpu":
+        budget = max(budget, min(WIDEST, CACHE_BYTES // max(1, cache_width(outline) * outline.itemsize)))
     if work.logits:
         budget = max(1, min(budget, LOGIT_BYTES // (4 * outline.n_ids)))
     token = work.active * max(outline.itemsize, 4)
@@ -363,19 +370,19 @@ def _sizes(outline: Outline, work: Work, batch_size: BatchSize) -> _Sizes:
     groups = plan(full, batch_size, budget)
     group = max(groups, key=lambda one: len(one) * max(full[index] for index in one))
     rows, width = len(group), max(full[index] for index in group)
-    prompt = max(work.lengths[index] for index in group)
+    prompt = max(full[index] for index in group) - work.new_tokens
     size, neurons = outline.itemsize, work.neurons
     fed = rows * (prompt if work.new_tokens else width)
     layers = len(outline.anatomy.layers) - len(_ahead(outline, work)) if work.backward else 1
     activations = layers * fed * layer_width(outline) * size
-    padded = len({work.lengths[index] for index in group}) > 1
+    padded = len({full[index] for index in group}) > 1
     activations += rows * prompt**2 * (1 + size) if padded else 0
     activations += min(work.kept, round(fed * token))
     statistics = 8 * work.statistics * neurons
     if work.exact is not None:
         activations += _exact_bytes(outline, work)
         statistics += 8 * rows * neurons
-    cache = rows * width * cache_width(outline) * size if work.new_tokens else 0
+    cache = rows * width * cache_width(outline) * size * work.models if work.new_tokens else 0
     logits = rows * outline.n_ids * (size + 4) if work.new_tokens else 0
     if work.logits:
         logits = fed * outline.n_ids * (size + 4) * (2 if work.backward else 1)
@@ -429,7 +436,9 @@ def _operations(outline: Outline, work: Work, sizes: _Sizes) -> tuple[float, flo
     if work.exact is not None:
         scored = _layers_of(outline, work)
         read += sum(_exact_in(layer, length) for length in work.lengths for layer in scored)
-    prompts = once * (work.answers if work.new_tokens else 0)
+    again = len(work.lengths) * work.answers - sizes.batches * work.together
+    spared = _forward(outline, work.shared) * max(0, again) if work.shared >= SHARED else 0.0
+    prompts = once * work.answers - spared if work.new_tokens else 0.0
     if work.kept:  # sites are read in several passes where one batch's activations do not fit
         token = work.active * max(outline.itemsize, 4)
         read *= max(1, math.ceil(sizes.rows * sizes.width * token / work.kept))

@@ -4,9 +4,9 @@ rows leave when their answers end.
 
 import contextlib
 import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -53,6 +53,20 @@ further arguments of the model's
 
 
 @dataclass(frozen=True)
+class Treated:
+    """Sequences that are treated each in one of several ways.
+
+    Attributes:
+        which: For every sequence the number of its treatment.
+        begin: Opened around every batch, and again around each half of one that did not fit, with the
+            treatments of its rows, which are in ascending order.
+    """
+
+    which: Sequence[int]
+    begin: Callable[[Sequence[int]], contextlib.AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
 class Decoding:
     """How answers are decoded.
 
@@ -67,6 +81,7 @@ class Decoding:
         watched: Opened around every batch, and again around each half of one that did not fit, with the
             indices of its rows and its mask; gives arguments for that batch.
         read: Makes something of index and answer, in the one of several processes that wrote it.
+        treated: Treatments of one's own for the sequences; None where all have the same, or none.
     """
 
     max_new_tokens: int = 128
@@ -77,6 +92,7 @@ class Decoding:
     others: Mapping[str, Any] | None = None
     watched: Watched | None = None
     read: "Callable[[int, Answer], Any] | None" = None
+    treated: Treated | None = None
 
     @property
     def plain(self) -> bool:
@@ -88,7 +104,7 @@ class Decoding:
         """Keyword arguments of `complete`: what is no field of this class is an argument of `generate`."""
         own = {
             name: options[name]
-            for name in ("max_new_tokens", "sample", "temperature", "top_p", "seed")
+            for name in ("max_new_tokens", "sample", "temperature", "top_p", "seed", "treated")
             if name in options
         }
         return cls(**own, others={name: value for name, value in options.items() if name not in own})
@@ -267,19 +283,41 @@ def roomy_cache(model: Any, new: int) -> dict[str, Any]:
     return {cache_name(model): with_room(_empty(model), new)}
 
 
-Leaving = Callable[[Any, Int[Tensor, " row"]], None]
-"""Told a cache and which of its rows are left in it, in order."""
-_FOLLOWED_BY: list[Leaving] = []
+@runtime_checkable
+class Following(Protocol):
+    """What treats rows of a batch each in a way of its own, and has to know which they are."""
+
+    def alike(self) -> Int[Tensor, " row"] | None:
+        """For every row a number that rows have in common which are treated alike; None where that hangs on
+        what is read.
+        """
+
+    def keep(self, cache: Any, rows: Int[Tensor, " row"]) -> None:
+        """Goes on with these rows of those that there were, in a cache."""
+
+
+_FOLLOWED_BY: list[Following] = []
 
 
 @contextlib.contextmanager
-def following(told: Leaving) -> Iterator[None]:
+def following(told: Following) -> Iterator[None]:
     """Tells, inside a block, of every batch that rows leave, before those that are left go on."""
     _FOLLOWED_BY.append(told)
     try:
         yield
     finally:
         _FOLLOWED_BY.remove(told)
+
+
+def _keep(cache: Any, rows: Int[Tensor, " row"]) -> None:
+    """Goes on with some rows of a cache."""
+    cache.batch_select_indices(rows)
+    _tell(cache, rows)
+
+
+def _tell(cache: Any, rows: Int[Tensor, " row"]) -> None:
+    for told in _FOLLOWED_BY:
+        told.keep(cache, rows)
 
 
 SHARED = 8
@@ -301,21 +339,27 @@ def common_start(ids: Int[Tensor, "row token"], mask: Int[Tensor, "row token"]) 
 
 def _begun(model: Any, ids: Int[Tensor, "row token"], mask: Int[Tensor, "row token"], cache: Any) -> Any:
     """The empty cache, with the first columns of the batch in it where all its rows begin alike, as with a
-    chat template: what they share is read in one row, and laid to each where that begins.
+    chat template: what they share is read in one row for each treatment, and laid to where a row begins.
 
-    So every column holds what a pass of the whole batch would put there. Whoever follows rows from their
-    first pass on gets whole prompts.
+    So every column holds what a pass of the whole batch would put there. Where treatments hang on what is
+    read, prompts stay whole.
     """
     windows = [layer.sliding_window - 1 for layer in cache.layers if getattr(layer, "sliding_window", None)]
     shared = min(common_start(ids, mask), *windows, ids.shape[1])
-    if shared < SHARED or _FOLLOWED_BY:
+    treatments = [torch.zeros(len(ids), dtype=torch.long), *(told.alike() for told in _FOLLOWED_BY)]
+    if shared < SHARED or any(one is None for one in treatments):
         return cache
-    first = ids[:1, ids.shape[1] - int(mask[0].sum()) :][:, :shared]
+    _, like = torch.stack(treatments, 1).unique(dim=0, return_inverse=True)  # type: ignore[arg-type]
+    ones = torch.tensor([like.tolist().index(number) for number in range(int(like.max()) + 1)])
+    if 2 * len(ones) > len(ids):
+        return cache
+    first = ids[:1, ids.shape[1] - int(mask[0].sum()) :][:, :shared].expand(len(ones), -1)
     accepted = inspect.signature(unwrapped(model).forward).parameters
     fewer = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
     given = {"attention_mask": torch.ones_like(first), cache_name(model): cache, "use_cache": True}
+    _tell(cache, ones)
     model(input_ids=first, **given, **fewer)
-    cache.batch_repeat_interleave(len(ids))
+    _keep(cache, like.to(ids.device))
     padding = ids.shape[1] - mask.sum(1)
     places = (torch.arange(shared, device=ids.device) - padding[:, None]).clamp(min=0)
     for held in (cache, getattr(cache, "twin", None)):  # A patch's donor may keep a cache of its own.
@@ -395,9 +439,7 @@ def decoded(
             return written, failed
         kept = torch.tensor(going, device=ids.device)
         cache = cache_in(output)
-        cache.batch_select_indices(kept)
-        for told in _FOLLOWED_BY:
-            told(cache, kept)
+        _keep(cache, kept)
         ids = output.sequences[kept]
         mask = torch.cat([mask, torch.ones_like(output.sequences[:, width:])], 1)[kept]
         rows, passed = [rows[number] for number in going], {cache_name(model): with_room(cache, left)}

@@ -675,6 +675,8 @@ def _budget(lm: LanguageModel, decoding: Decoding) -> int:
 def _generate_rows(
     lm: LanguageModel, sequences: list[list[int]], rows: Rows, decoding: Decoding
 ) -> dict[int, Answer]:
+    if decoding.treated is not None:
+        rows = replace(rows, indices=sorted(rows.indices, key=decoding.treated.which.__getitem__))
     width = rows.width
     input_ids = torch.full((len(rows), width), lm.pad_id, dtype=torch.long)
     mask = torch.zeros((len(rows), width), dtype=torch.long)
@@ -686,6 +688,9 @@ def _generate_rows(
     settings, passed, ends = _settings(lm, decoding, others)
     stopped_otherwise = bool({"stop_strings", "stopping_criteria"} & others.keys())
     with contextlib.ExitStack() as stack:
+        if decoding.treated is not None:
+            which = decoding.treated.which
+            stack.enter_context(decoding.treated.begin([which[index] for index in rows.indices]))
         stack.enter_context(lm.running())
         stack.enter_context(torch.no_grad())
         stack.enter_context(neutral_defaults(lm.model))

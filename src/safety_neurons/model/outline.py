@@ -1,6 +1,7 @@
 """Outlines: what is known of a model from its configuration alone, on the meta device, without weights."""
 
 import functools
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,7 @@ from safety_neurons.model.placement import Placement
 from safety_neurons.model.sites import Anatomy, LayerAnatomy, count_parameters, unwrapped
 from safety_neurons.model.template import Prompting, Template, encode_text, template_for
 from safety_neurons.neurons import SiteTable
-from safety_neurons.prompt_lists import Prompts
+from safety_neurons.prompt_lists import Prompt, Prompts
 
 BYTES_PER_TOKEN, TEMPLATE_TOKENS = 4, 16
 """What stands for a tokenizer where there is none: UTF-8 bytes of a token, and tokens of a template."""
@@ -30,6 +31,8 @@ BLOCK = 64
 """Weights that share a float32 scale in bitsandbytes' 4 bits."""
 
 _SIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+UNLIKE = ("A", "zebra")
+"""Texts that begin unlike each other, by which a template's own tokens are told from a prompt's."""
 
 
 @dataclass
@@ -200,10 +203,22 @@ class Outline:
         if self.tokenizer is None or self.template is None:
             return math.ceil(len(prompt.text.encode()) / BYTES_PER_TOKEN) + TEMPLATE_TOKENS
         try:
-            text = self.template.render(self.tokenizer, prompt)
+            return max(1, len(self._ids(prompt)))
         except InputError:  # the run leaves it out, and counts it
             return 1
-        return max(1, len(encode_text(self.tokenizer, text, templated=self.template.kind != "none")))
+
+    def _ids(self, prompt: Any) -> list[int]:
+        assert self.template is not None
+        text = self.template.render(self.tokenizer, prompt)
+        return encode_text(self.tokenizer, text, templated=self.template.kind != "none")
+
+    @functools.cached_property
+    def common_start(self) -> int:
+        """Tokens that a template begins every prompt with; 0 where that is not known."""
+        if self.tokenizer is None or self.template is None:
+            return 0
+        pairs = zip(*(self._ids(Prompt("", text)) for text in UNLIKE), strict=False)
+        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def outlines(specs: Sequence[str | Path], **options: Any) -> tuple[list[Outline], int]:

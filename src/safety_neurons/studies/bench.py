@@ -8,6 +8,7 @@ and settings. A judge is shown answers alone.
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypedDict, cast
@@ -17,12 +18,13 @@ from safety_neurons.capability.measures import measure_perplexity
 from safety_neurons.counting import numbered
 from safety_neurons.errors import RunError
 from safety_neurons.guard import Guard
+from safety_neurons.interventions.by_row import OnNeurons
 from safety_neurons.judges import HARM_JUDGE, GoesAlongJudge, Judge, broken, judge_refusal
 from safety_neurons.judges import judge as judge_of
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.batches import BatchSize
 from safety_neurons.model.chat_server import Endpoint
-from safety_neurons.model.decoding import Decoding
+from safety_neurons.model.decoding import Decoding, Treated
 from safety_neurons.model.identity import identity, json_sha256
 from safety_neurons.model.language_model import CUT, LEFT_OUT, generate
 from safety_neurons.neurons import NeuronSet, Scores
@@ -78,6 +80,10 @@ class Arm:
     model: Any
     """A `LanguageModel`, or an `Endpoint` that writes in its place."""
     treatment: Treatment = contextlib.nullcontext
+
+    def joins(self, other: "Arm") -> bool:
+        """Whether both can answer in one batch."""
+        return isinstance(self.treatment, OnNeurons) and self.treatment.joins(other.treatment)
 
 
 def try_out(model: Any, *treatments: Treatment) -> None:
@@ -159,31 +165,49 @@ class Answers:
         self.say(f"{label or suite}: {note}" for note in notes)
         return Completions(map(mark, written))
 
-    def write_together(self, arm: Arm, lists: Mapping[str, Prompts], how: Writing, seed: int) -> None:
-        """The arm's completions of several lists, those of NAME under `arm/NAME`, in the same batches, so
+    def write_together(
+        self, arms: Sequence[Arm], lists: Mapping[str, Prompts], how: Writing, seed: int
+    ) -> None:
+        """The arms' completions of several lists, those of NAME under `arm/NAME`, in the same batches, so
         that `write` finds them.
 
         A decoding step reads all weights however few rows it has: together they take less time than one list
-        after the other.
+        after the other, and one arm after the other.
+
+        Args:
+            arms: one, or several whose treatments join.
+            lists: what is asked.
+            how: how completions are written.
+            seed: of sampling.
         """
         together: list[Prompt] = []
         own: dict[str, tuple[str, Prompt]] = {}
+        which: list[int] = []
         done: list[Completion] = []
-        for name, prompts in lists.items():
-            self._ask((f"{arm.name}/{name}", "", "", seed))
-            known = self.known(f"{arm.name}/{name}", "", seed)
-            for prompt in prompts:
-                apart = f"{name}/{prompt.id}"  # Two lists may number their prompts alike.
-                own[apart] = name, prompt
-                together.append(dataclasses.replace(prompt, id=apart))
-                if prompt.id in known:
-                    done.append(dataclasses.replace(known[prompt.id], prompt_id=apart))
+        for number, arm in enumerate(arms):
+            for name, prompts in lists.items():
+                named = f"{arm.name}/{name}"
+                self._ask((named, "", "", seed))
+                known = self.known(named, "", seed)
+                for prompt in prompts:
+                    apart = f"{number}/{name}/{prompt.id}"  # Two lists may number their prompts alike.
+                    own[apart] = named, prompt
+                    which.append(number)
+                    together.append(dataclasses.replace(prompt, id=apart))
+                    if prompt.id in known:
+                        done.append(dataclasses.replace(known[prompt.id], prompt_id=apart))
 
         def of_list(completion: Completion) -> Completion:
-            name, prompt = own[completion.prompt_id]
-            return dataclasses.replace(completion, prompt_id=prompt.id, arm=f"{arm.name}/{name}")
+            named, prompt = own[completion.prompt_id]
+            return dataclasses.replace(completion, prompt_id=prompt.id, arm=named)
 
-        _, notes = self._complete(arm, Prompts(together), how, seed, Completions(done), of_list)
+        first, treated = arms[0], None
+        if len(arms) > 1:
+            treatments = [cast(OnNeurons, arm.treatment) for arm in arms]
+            treated = Treated(which, functools.partial(treatments[0].in_rows, treatments))
+            first = Arm(first.name, first.model)
+        asked = Prompts(together)
+        _, notes = self._complete(first, asked, how, seed, Completions(done), of_list, treated)
         label = " and ".join(lists)
         self.say(f"{label}: {note}" for note in notes if not note.endswith(LEFT_OUT))  # `write` says those.
 
@@ -195,6 +219,7 @@ class Answers:
         seed: int,
         done: Completions,
         kept: Callable[[Completion], Completion],
+        treated: Treated | None = None,
     ) -> tuple[Completions, list[str]]:
         """Completions of the prompts, and notes; each new one goes to the file as `kept` makes it."""
         notes: list[str] = []
@@ -218,6 +243,7 @@ class Answers:
                 answered=lambda completion: batch.append(kept(completion)),
                 progress=write,
                 notes=notes,
+                treated=treated,
             )
         write()
         return completions, notes
@@ -482,9 +508,7 @@ class Bench:
         What an earlier run generated is used again.
         """
         self.tell(arm.name)
-        if isinstance(arm.model, LanguageModel):  # A server puts its batches together itself.
-            lists = {"harmful": self.harmful, "harmless": self.harmless}
-            self.answers.write_together(arm, lists, self._writing(), self.seed)
+        self.ahead([arm])
         answers = self.answered(arm)
         others = judge_refusal(self.completed(arm, "harmless"))
         self.answers.judged(others.completions)
@@ -525,6 +549,26 @@ class Bench:
             if self.length_curve
             else (),
         )
+
+    def ahead(self, arms: Sequence[Arm], *kinds: str) -> None:
+        """Lets arms answer in the same batches as far as their treatments join; `measure`, `answered` and
+        `refused` then find what they look for. Judges and measures see every arm by itself.
+
+        Args:
+            arms: the arms.
+            kinds: lists that they answer; without one `harmful` and `harmless`.
+        """
+        lists = {kind: getattr(self, kind) for kind in kinds or ("harmful", "harmless")}
+        groups: list[list[Arm]] = []
+        for arm in arms:
+            if not isinstance(arm.model, LanguageModel):
+                continue  # A server puts its batches together itself.
+            own = next((group for group in groups if arm.joins(group[0])), None)
+            groups.append([arm]) if own is None else own.append(arm)
+        for group in groups:
+            if len(group) > 1:
+                self.tell(f"answers of {len(group)} arms")
+            self.answers.write_together(group, lists, self._writing(), self.seed)
 
     def unmeasured(self, name: str) -> ArmOutcome:
         """An arm that cannot be run: every prompt is unscored."""

@@ -21,7 +21,6 @@ seed.
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import pathlib
 import statistics
@@ -37,6 +36,7 @@ from safety_neurons.detectors.methods import METHODS, EarlyStop, Method, by_name
 from safety_neurons.display import Displayed
 from safety_neurons.errors import UnsupportedModelError, UsageError
 from safety_neurons.interventions import deactivated, patched
+from safety_neurons.interventions.by_row import OnNeurons
 from safety_neurons.model import LanguageModel, load_pair
 from safety_neurons.model.batches import BatchSize
 from safety_neurons.model.files import open_organism
@@ -246,25 +246,27 @@ def compare(
     }
     bench = Bench.of({"base": base, "aligned": aligned, **asked}, harmful, harmless, **how)
     subject = SubjectModels(
-        "patch", bench, base, lambda members: functools.partial(patched, base, aligned, members), aligned
+        "patch", bench, base, lambda members: OnNeurons(patched, (base, aligned), members), aligned
     )
     make = _Rows(subject, truth, texts.get("general"))
     bench.say(left_out)
     bench.say_seen(find_prompts, *(text for name, text in texts.items() if name == "harmless"))
     searches = Searches((base, aligned), place)
 
-    def row(name: str) -> MethodResult:
+    def search(name: str) -> Candidate:
         bench.tell(f"find {name}")
         method = searching(name, sites, bench.longest, (budget, n_units), settle)
         shown = {kind: text for kind, text in texts.items() if kind in method.shown()}
         kept_as = f"{name}-{budget}" if hasattr(method, "units") else name  # Another size, another search.
         scores, cost = searches.scores(kept_as, method, find_prompts, bench.batch_size, **shown)
         bench.say(f"{name}: {note}" for note in cost["notes"])
-        return make.row(name, whole_units(scores.top_units(budget), sites), cost["seconds"])
+        return Candidate(name, whole_units(scores.top_units(budget), sites), cost["seconds"])
 
-    rows = _found(methods, row, bench, named=named_ones is not None)
-    known = [make.row(TRUTH, neurons, 0.0) for neurons in itself]
-    drawn = make.controls(known or rows)
+    found = _found(methods, search, bench, named=named_ones is not None)
+    truths = [Candidate(TRUTH, neurons) for neurons in itself]
+    chance = make.controls(truths or found)
+    make.ahead([*found, *truths, *chance], everything)
+    rows, known, drawn = (list(map(make.row, some)) for some in (found, truths, chance))
     rows, known = make.compared([*rows, *drawn]), make.compared([*known, *drawn])[: len(known)]
     limits = make.ceiling(everything, [*rows, *known])
     bench.finish()
@@ -355,23 +357,40 @@ def fitting(
     return [name for name in methods if name not in reasons], said
 
 
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A set that is to have a row.
+
+    Attributes:
+        name: of the row.
+        neurons: the set.
+        seconds: what finding it took.
+        like: the method whose set it is made like; empty where it is none's.
+    """
+
+    name: str
+    neurons: NeuronSet
+    seconds: float = 0.0
+    like: str = ""
+
+
 def _found(
-    methods: Sequence[str], row: Callable[[str], MethodResult], bench: Bench, *, named: bool
-) -> list[MethodResult]:
-    """The row of every method but those that find out at work that they do not fit the model.
+    methods: Sequence[str], search: Callable[[str], Candidate], bench: Bench, *, named: bool
+) -> list[Candidate]:
+    """The set of every method but those that find out at work that they do not fit the model.
 
     Raises:
         UnsupportedModelError: one that was asked for by name, or every one, does not fit.
     """
-    rows: list[MethodResult] = []
+    found: list[Candidate] = []
     for name in methods:
         try:
-            rows.append(row(name))
+            found.append(search(name))
         except UnsupportedModelError as error:
-            if named or (name == methods[-1] and not rows):
+            if named or (name == methods[-1] and not found):
                 raise
             bench.say([f"{name} was left out: {error}"])
-    return rows
+    return found
 
 
 class _Rows:
@@ -392,15 +411,28 @@ class _Rows:
         off.
         """
 
-    def row(self, name: str, neurons: NeuronSet, seconds: float, like: str = "") -> MethodResult:
+    def ahead(self, candidates: Sequence[Candidate], everything: NeuronSet) -> None:
+        """Let the models answer under all sets in as few batches as they fit in, all neurons among them."""
+        sets = {one.name: one.neurons for one in candidates if not routed_keys(one.neurons)}
+        dense = _dense(everything)
+        arms = {**sets, **({CEILING: dense} if len(dense) else {})}
+        self.bench.ahead([self.subject.arm(name, neurons) for name, neurons in arms.items()])
+        self.bench.ahead([self.without(one) for one in candidates], "harmful")
+
+    def without(self, one: Candidate) -> Arm:
+        """The aligned model with a set off."""
+        return Arm(f"{one.name} deactivated", self.donor, OnNeurons(deactivated, (self.donor,), one.neurons))
+
+    def row(self, one: Candidate) -> MethodResult:
         """Patch the set, deactivate it, hold it against the truth."""
+        name, neurons = one.name, one.neurons
         routed = routed_keys(neurons)
         outcome = self.bench.unmeasured(name) if routed else self.subject.measure(name, neurons)
         effect = self.subject.effect(outcome)
         if routed:
             effect = dataclasses.replace(effect, why=UNPATCHED)
             self.bench.say([f"sets with neurons of routed experts are deactivated alone: {UNPATCHED}"])
-        without = Arm(f"{name} deactivated", self.donor, functools.partial(deactivated, self.donor, neurons))
+        without = self.without(one)
         off = self.bench.answered(without)
         verdicts, groups = (off.refused, off.complied, off.broken), self.bench.harmful.groups
         general = self.perplexity(without)
@@ -420,9 +452,9 @@ class _Rows:
             perplexity_off=general,
             against_random=None,
             necessity_against_random=None,
-            seconds=seconds,
+            seconds=one.seconds,
             neurons=neurons,
-            control=cast(ControlRecord, {"like": like, **neurons.control_record()}) if like else None,
+            control=cast(ControlRecord, {"like": one.like, **neurons.control_record()}) if one.like else None,
         )
 
     def perplexity(self, arm: Arm) -> Rate | None:
@@ -435,22 +467,21 @@ class _Rows:
         self.bench.say_of(arm, found.notes)
         return found.rate
 
-    def controls(self, rows: Sequence[MethodResult]) -> list[MethodResult]:
-        """Random sets made of what the sets of these rows are made of in turn."""
-        drawn = [row.neurons.random_like(self.bench.seed, n=self.bench.random) for row in rows]
-        made = []
-        for number in range(self.bench.random):
-            like = number % len(rows)
-            made.append(self.row(f"{RANDOM} {number}", drawn[like][number], 0.0, rows[like].method))
-        return made
+    def controls(self, found: Sequence[Candidate]) -> list[Candidate]:
+        """Random sets made of what these sets are made of in turn."""
+        drawn = [one.neurons.random_like(self.bench.seed, n=self.bench.random) for one in found]
+        turns = [(number, number % len(found)) for number in range(self.bench.random)]
+        return [
+            Candidate(f"{RANDOM} {number}", drawn[like][number], like=found[like].name)
+            for number, like in turns
+        ]
 
     def ceiling(self, everything: NeuronSet, rows: Sequence[MethodResult]) -> Ceiling:
         """All neurons of the sites patched, but for those of routed experts."""
         parts = [(row.causal_effect, self.verdicts[row.method][0]) for row in rows]
-        routed = routed_keys(everything)
-        dense = {key: indices for key, indices in everything.items() if key not in routed}
-        if dense:
-            return self.subject.ceiling(NeuronSet(dense, everything.table), parts)
+        dense = _dense(everything)
+        if len(dense):
+            return self.subject.ceiling(dense, parts)
         outcome = self.bench.unmeasured(CEILING)
         effect = dataclasses.replace(self.subject.effect(outcome), why=UNPATCHED)
         exchanged = by_parameters(self.bench, self.subject.model, self.donor, everything, self.subject.effect)
@@ -485,6 +516,12 @@ class _Rows:
 def routed_keys(neurons: NeuronSet) -> list[str]:
     """Keys of routed experts, which are computed only where the router chose their expert."""
     return [key for key in neurons.keys() if parse_key(key).expert is not None]  # noqa: SIM118 - not a mapping
+
+
+def _dense(neurons: NeuronSet) -> NeuronSet:
+    """Those of no routed expert."""
+    routed = routed_keys(neurons)
+    return NeuronSet({key: each for key, each in neurons.items() if key not in routed}, neurons.table)
 
 
 def _lost(refused: Verdicts) -> list[bool | None]:

@@ -18,6 +18,7 @@ from safety_neurons.counting import numbered
 from safety_neurons.detectors.methods import METHODS, HowFound, by_name, with_options
 from safety_neurons.errors import InputError, NeuronError, UnsupportedModelError, UsageError
 from safety_neurons.interventions import deactivated, patched
+from safety_neurons.interventions.by_row import OnNeurons
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.batches import BatchSize
 from safety_neurons.neurons import SITES, NeuronSet, parse_key
@@ -283,18 +284,18 @@ class Matrix:
         """
         if not len(neurons):
             raise NeuronError(f"the set {name!r} is empty; expected at least one neuron")
-        treated = self.refused(self.arm(name, neurons))
         controls = neurons.random_like(self.bench.seed, table=self.model.table, n=self.bench.random)
+        drawn = [
+            Arm(f"random {number} like {name} of {len(neurons)}", self.model, self.treat(control))
+            for number, control in enumerate(controls)
+        ]
+        self.bench.ahead([self.arm(name, neurons), *drawn], "harmful")
+        treated = self.refused(self.arm(name, neurons))
         if not all(control.disjoint for control in controls):
             self.notes.append(
                 f"random sets like {name!r} share members with it, which takes more than half of a layer"
             )
-        random = [
-            self.refused(
-                Arm(f"random {number} like {name} of {len(neurons)}", self.model, self.treat(control))
-            )
-            for number, control in enumerate(controls)
-        ]
+        random = list(map(self.refused, drawn))
         cells = [
             self._cell(name, group, treated[group], [outcomes[group] for outcomes in random])
             for group in self.groups.names
@@ -380,7 +381,7 @@ def deactivation_matrix(
     groups = Groups(harmful)
     bench = Bench.of({"model": model, "sets": sets}, groups.pooled, **how)
     bench.say_seen(*sets.values())
-    matrix = Matrix(bench, groups, model, lambda neurons: functools.partial(deactivated, model, neurons))
+    matrix = Matrix(bench, groups, model, lambda neurons: OnNeurons(deactivated, (model,), neurons))
     cells = [cell for name, neurons in sets.items() if len(neurons) for cell in matrix.row(name, neurons)]
     bench.finish()
     skipped = tuple(name for name, neurons in sets.items() if not len(neurons))
@@ -533,9 +534,7 @@ def transfer(
     measured = functools.partial(_ability, bench, wanted, settings)
     donor = Arm("aligned", aligned)
     goal = groups.split(bench.refused(donor))
-    matrix = Matrix(
-        bench, groups, base, lambda neurons: functools.partial(patched, base, aligned, neurons), goal
-    )
+    matrix = Matrix(bench, groups, base, lambda neurons: OnNeurons(patched, (base, aligned), neurons), goal)
     abilities = [measured(Arm(UNTREATED, base), UNTREATED), measured(donor, "aligned", reference=base)]
     cells: list[Cell] = []
     for name, neurons in sets.items():

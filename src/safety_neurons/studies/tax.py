@@ -27,6 +27,7 @@ from safety_neurons.detectors.text import Texts, texts
 from safety_neurons.display import Displayed
 from safety_neurons.errors import NeuronError, UsageError
 from safety_neurons.interventions import patched
+from safety_neurons.interventions.by_row import OnNeurons
 from safety_neurons.judges import judge_refusal
 from safety_neurons.judges.judgement import normalised
 from safety_neurons.model import LanguageModel, check_pair
@@ -405,14 +406,20 @@ def cross_patch(
 
     plain, changed, chance = [], [], []
     for name, other in ((first, second), (second, first)):
-        arm, treated = Arm(name, models[name]), functools.partial(patched, models[name], models[other])
-        plain.append(measured(arm))
-        changed.append(measured(Arm(f"{name} from {other}", arm.model, functools.partial(treated, neurons))))
-        random = [
-            Arm(f"{name} from {other}, random {n}", arm.model, functools.partial(treated, one))
-            for n, one in enumerate(controls)
+        plain.append(measured(Arm(name, models[name])))
+        sets = {"": neurons, **{f", random {n}": one for n, one in enumerate(controls)}}
+        treated = [
+            Arm(
+                f"{name} from {other}{which}",
+                models[name],
+                OnNeurons(patched, (models[name], models[other]), one),
+            )
+            for which, one in sets.items()
         ]
-        chance.append(tuple(map(measured, random)))
+        bench.ahead(treated)
+        one, *random = map(measured, treated)
+        changed.append(one)
+        chance.append(tuple(random))
     bench.finish()
     return CrossPatching(
         names=(first, second),

@@ -14,7 +14,8 @@ beside random orders.
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -24,6 +25,7 @@ from safety_neurons.counting import numbered
 from safety_neurons.display import Displayed
 from safety_neurons.errors import MismatchError, NeuronError, UnsupportedModelError
 from safety_neurons.interventions import deactivated, patched, rerouted
+from safety_neurons.interventions.by_row import OnNeurons
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.adapters import is_adapted
 from safety_neurons.neurons import NeuronSet, Scores, SiteTable, parse_key
@@ -50,6 +52,7 @@ from safety_neurons.studies.bench import (
     Contrasted,
     How,
     Treat,
+    Treatment,
     Verdicts,
     contrast,
     try_out,
@@ -59,6 +62,8 @@ from safety_neurons.studies.vocabulary import Neuron, strongest
 from safety_neurons.tuning import merged_base, repair
 from safety_neurons.tuning.protect import entries_of
 
+Turn = tuple[str, str, NeuronSet]
+"""A point of a progressive curve: the order it is of, the point's name, and what is off."""
 Part = tuple[Effect, Verdicts]
 """What a part of the neurons restores, and which harmful requests are refused then."""
 CEILING, ALL_PATCHED = "ceiling", "all neurons of the sites patched"
@@ -237,11 +242,11 @@ def verify_deactivate(
     )
 
 
-def _off(model: LanguageModel, members: NeuronSet) -> functools.partial[Any]:
-    return functools.partial(deactivated, model, members)
+def _off(model: LanguageModel, members: NeuronSet) -> OnNeurons:
+    return OnNeurons(deactivated, (model,), members)
 
 
-def _off_at_router(model: LanguageModel, members: NeuronSet) -> functools.partial[Any]:
+def _off_at_router(model: LanguageModel, members: NeuronSet) -> Treatment:
     """The experts at the router; all of a layer together, as in the ceiling, are silent instead."""
     everything, off = experts_of(model.table), whole_experts(members, model.table)
     if any(len(off[layer]) == len(everything[layer]) for layer in off):
@@ -276,8 +281,8 @@ def verify_patch(
     """
     sets = _sets(neurons, how.pop("sizes", ()), base)
 
-    def treat(members: NeuronSet) -> functools.partial[Any]:
-        return functools.partial(patched, base, aligned, members)
+    def treat(members: NeuronSet) -> OnNeurons:
+        return OnNeurons(patched, (base, aligned), members)
 
     try_out(base, treat(sets[-1][1]))
     bench = Bench.of({"base": base, "aligned": aligned, "neurons": neurons}, harmful, harmless, **how)
@@ -380,9 +385,13 @@ class SubjectModels:
         self.untreated = bench.measure(Arm(UNTREATED, model))
         self.goal = None if donor is None else bench.measure(Arm("aligned", donor))
 
-    def measure(self, name: str, neurons: NeuronSet) -> ArmOutcome:
+    def arm(self, name: str, neurons: NeuronSet) -> Arm:
         """The model while these neurons are treated."""
-        return self.bench.measure(Arm(name, self.model, self.treat(neurons)))
+        return Arm(name, self.model, self.treat(neurons))
+
+    def measure(self, name: str, neurons: NeuronSet) -> ArmOutcome:
+        """What the model does then."""
+        return self.bench.measure(self.arm(name, neurons))
 
     def contrast(self, treated: ArmOutcome, random: Sequence[ArmOutcome] = ()) -> Contrasted:
         """Refusals of harmful requests under a treatment, against the model as it is, random sets and the
@@ -416,6 +425,16 @@ class SubjectModels:
         return named(outcome, effect, parts, exchanged, columns_differ(self.model, self.donor), groups)
 
 
+def _treated(members: NeuronSet) -> str:
+    """Name of the arm of a set."""
+    return f"treated {len(members)}"
+
+
+def _random(members: NeuronSet, controls: Sequence[NeuronSet]) -> list[tuple[str, NeuronSet]]:
+    """Names of the arms of random sets like it, with these."""
+    return [(f"random {number} of {len(members)}", control) for number, control in enumerate(controls)]
+
+
 def _verify(
     subject: SubjectModels, sets: Sequence[tuple[float, NeuronSet]], draw: Drawn = _random_units
 ) -> Verification:
@@ -431,18 +450,23 @@ def _verify(
         if "exactly 0" in note
     ]
     points = []
-    for size, members in sets:
-        treated = subject.measure(f"treated {len(members)}", members)
-        controls = draw(members, table, bench.seed, bench.random)
+    drawn = [draw(members, table, bench.seed, bench.random) for _, members in sets]
+    bench.ahead(
+        [
+            subject.arm(name, members)
+            for (_, chosen), controls in zip(sets, drawn, strict=True)
+            for name, members in [(_treated(chosen), chosen), *_random(chosen, controls)]
+        ]
+        + [subject.arm(CEILING, everything)]
+    )
+    for (size, members), controls in zip(sets, drawn, strict=True):
+        treated = subject.measure(_treated(members), members)
         if not all(control.disjoint for control in controls):
             notes.append(
                 f"random sets of {numbered(len(members), 'neuron')} share members with the set, which takes "
                 "more than half of a layer"
             )
-        random = tuple(
-            subject.measure(f"random {number} of {len(members)}", control)
-            for number, control in enumerate(controls)
-        )
+        random = tuple(itertools.starmap(subject.measure, _random(members, controls)))
         contrasted = subject.contrast(treated, random)
         points.append(
             SizePoint(
@@ -771,25 +795,26 @@ def progressive(
     random, seed = bench.random, bench.seed
     walker = _Walker(bench, model, bench.measure(Arm(UNTREATED, model)))
     blocks = layer_blocks(neurons, points)
-    steps = [*walker.cumulative(FRONT, neurons, blocks), *walker.cumulative(BACK, neurons, blocks[::-1])]
-    steps += [walker.step(ALONE, _named(block), neurons.only(layers=block)) for block in blocks]
+    turns = [*_cumulative(FRONT, neurons, blocks), *_cumulative(BACK, neurons, blocks[::-1])]
+    turns += [(ALONE, _named(block), neurons.only(layers=block)) for block in blocks]
     generator = np.random.default_rng(seed)
     for number in range(random if len(blocks) > 2 else 0):
         shuffled = [blocks[position] for position in generator.permutation(len(blocks))]
-        steps += walker.cumulative(f"{RANDOM_LAYERS} {number}", neurons, shuffled)
+        turns += _cumulative(f"{RANDOM_LAYERS} {number}", neurons, shuffled)
     if scores is not None:
         sizes = ladder(len(neurons), points)
         ranked = strongest(neurons, scores, len(neurons))
-        steps += [walker.step(SCORE, str(size), _together(ranked[:size], model.table)) for size in sizes]
+        turns += [(SCORE, str(size), _together(ranked[:size], model.table)) for size in sizes]
         drawn = [_together(ranked[:size], model.table).random_like(seed, n=random) for size in sizes]
         for number in range(random):
-            steps += [
-                walker.step(f"{RANDOM_NEURONS} {number}", str(size), sets[number])
+            turns += [
+                (f"{RANDOM_NEURONS} {number}", str(size), sets[number])
                 for size, sets in zip(sizes, drawn, strict=True)
             ]
     else:
         for number, control in enumerate(neurons.random_like(seed, table=model.table, n=random)):
-            steps += walker.cumulative(f"{RANDOM_NEURONS} {number}", control, blocks)
+            turns += _cumulative(f"{RANDOM_NEURONS} {number}", control, blocks)
+    steps = walker.steps(turns)
     bench.finish()
     return Progressive(
         len(neurons), walker.untreated, tuple(_family(steps)), bench.harmful.groups, tuple(bench.notes)
@@ -810,30 +835,33 @@ class _Walker:
     bench: Bench
     model: LanguageModel
     untreated: ArmOutcome
-    known: dict[NeuronSet, ArmOutcome] = dataclasses.field(default_factory=dict)
 
-    def cumulative(self, order: str, neurons: NeuronSet, blocks: Sequence[Sequence[int]]) -> Iterable[Step]:
-        """The steps of switching blocks of layers off one after another."""
-        off: list[int] = []
-        steps = []
-        for block in blocks:
-            off += block
-            steps.append(self.step(order, _named(block), neurons.only(layers=sorted(off))))
-        return steps
+    def steps(self, turns: Sequence[Turn]) -> list[Step]:
+        """The points of all curves, whose sets answer in as few batches as they fit in."""
+        arms: dict[NeuronSet, Arm] = {}
+        for order, name, neurons in turns:
+            if len(neurons):
+                arms.setdefault(neurons, Arm(f"{order}, {name}", self.model, _off(self.model, neurons)))
+        self.bench.ahead(list(arms.values()))
+        nothing = dataclasses.replace(self.untreated, divergence=0.0)
+        measured = {neurons: self.bench.measure(arm) for neurons, arm in arms.items()}
+        return [self._step(turn, measured.get(turn[2], nothing)) for turn in turns]
 
-    def step(self, order: str, name: str, neurons: NeuronSet) -> Step:
-        """One point of a curve."""
-        arm = self.known.get(neurons)
-        if arm is None:
-            arm = self.known[neurons] = self._measured(f"{order}, {name}", neurons)
+    def _step(self, turn: Turn, arm: ArmOutcome) -> Step:
+        order, name, neurons = turn
         change = paired_difference(arm.harmful, self.untreated.harmful, self.bench.harmful.groups)
         layers = tuple(sorted({parse_key(key).layer for key in neurons.keys()}))  # noqa: SIM118 - not a mapping
         return Step(order, name, layers, len(neurons), arm, change)
 
-    def _measured(self, name: str, neurons: NeuronSet) -> ArmOutcome:
-        if not len(neurons):
-            return dataclasses.replace(self.untreated, divergence=0.0)
-        return self.bench.measure(Arm(name, self.model, functools.partial(deactivated, self.model, neurons)))
+
+def _cumulative(order: str, neurons: NeuronSet, blocks: Sequence[Sequence[int]]) -> list[Turn]:
+    """Blocks of layers off one after another."""
+    off: list[int] = []
+    turns = []
+    for block in blocks:
+        off += block
+        turns.append((order, _named(block), neurons.only(layers=sorted(off))))
+    return turns
 
 
 def layer_blocks(neurons: NeuronSet, points: int) -> list[list[int]]:
