@@ -17,9 +17,9 @@ import torch
 
 from paired import CLOCKS, Row, finish, interleaved, median, medians, parser, ratio
 from safety_neurons.interventions import deactivated
-from safety_neurons.interventions.by_row import OnNeurons
+from safety_neurons.interventions.by_row import SetTreatment
 from safety_neurons.model import LanguageModel, decoding, load, room
-from safety_neurons.model.decoding import FEWEST, Decoding, Treated
+from safety_neurons.model.decoding import FEWEST, Decoding, TreatedRows
 from safety_neurons.model.language_model import generate
 from safety_neurons.neurons import NeuronSet
 
@@ -74,9 +74,9 @@ def under_sets(
     everything = NeuronSet.all(model.table).only(sites=["down"])
     share = {key: each[: len(each) // 100] for key, each in everything.items()}
     drawn = NeuronSet(share, model.table).random_like(0, n=sets)
-    treatments = [OnNeurons(deactivated, (model,), one) for one in drawn]
+    treatments = [SetTreatment(deactivated, (model,), one) for one in drawn]
     which = [number for number in range(sets) for _ in ids]
-    treated = Treated(which, lambda rows: treatments[0].in_rows(treatments, rows))
+    treated = TreatedRows(which, lambda rows: treatments[0].in_rows(treatments, rows))
 
     def together() -> Answers:
         answers = generate(model, ids * sets, Decoding(new, treated=treated), batch_size=len(which))

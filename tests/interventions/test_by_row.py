@@ -9,9 +9,9 @@ from naive import lm, no_hooks, shared_pair, some
 from families import MOE_FAMILIES, build, random_ids, sibling
 from safety_neurons.errors import DecodeError, UsageError
 from safety_neurons.interventions import deactivated, patched
-from safety_neurons.interventions.by_row import ByRow, OnNeurons
+from safety_neurons.interventions.by_row import ByRow, SetTreatment
 from safety_neurons.model import LanguageModel, decoding
-from safety_neurons.model.decoding import Decoding, Treated
+from safety_neurons.model.decoding import Decoding, TreatedRows
 from safety_neurons.model.language_model import generate
 from safety_neurons.neurons import NeuronSet
 
@@ -31,7 +31,7 @@ def sets_of(model: LanguageModel) -> list[NeuronSet]:
     ]
 
 
-def treatments_of(kind: str, family: str = "llama") -> tuple[LanguageModel, list[OnNeurons]]:
+def treatments_of(kind: str, family: str = "llama") -> tuple[LanguageModel, list[SetTreatment]]:
     if kind in ("ia3", "lora"):
         base, donor = shared_pair(kind)
     else:
@@ -39,12 +39,12 @@ def treatments_of(kind: str, family: str = "llama") -> tuple[LanguageModel, list
         donor = lm(sibling(base.model))
     sets = sets_of(base)
     if kind == "deactivated":
-        return base, [OnNeurons(deactivated, (base,), one) for one in sets]
-    return base, [OnNeurons(patched, (base, donor), one) for one in sets]
+        return base, [SetTreatment(deactivated, (base,), one) for one in sets]
+    return base, [SetTreatment(patched, (base, donor), one) for one in sets]
 
 
 def apart(
-    model: LanguageModel, treatments: Sequence[OnNeurons], prompts: Sequence[list[int]]
+    model: LanguageModel, treatments: Sequence[SetTreatment], prompts: Sequence[list[int]]
 ) -> list[list[int]]:
     """Answers of one generation for every set."""
     found = []
@@ -56,11 +56,11 @@ def apart(
 
 
 def together(
-    model: LanguageModel, treatments: Sequence[OnNeurons], prompts: Sequence[list[int]], size: int = 99
+    model: LanguageModel, treatments: Sequence[SetTreatment], prompts: Sequence[list[int]], size: int = 99
 ) -> list[list[int]]:
     """Answers of one generation for all of them."""
     which = [number for number in range(len(treatments)) for _ in prompts]
-    how = Decoding(STEPS, treated=Treated(which, lambda rows: treatments[0].in_rows(treatments, rows)))
+    how = Decoding(STEPS, treated=TreatedRows(which, lambda rows: treatments[0].in_rows(treatments, rows)))
     answers = generate(model, [*prompts] * len(treatments), how, batch_size=size)
     return [answers[row].token_ids for row in range(len(which))]
 
@@ -139,11 +139,13 @@ def test_what_knows_no_rows_is_refused() -> None:
 def test_treatments_of_other_models_and_of_routed_experts_do_not_join() -> None:
     model, (one, other, *_) = treatments_of("deactivated")
     assert one.joins(other)
-    assert not one.joins(OnNeurons(deactivated, (lm(model.model),), other.neurons))
-    assert not one.joins(OnNeurons(patched, (model, model), other.neurons))
+    assert not one.joins(SetTreatment(deactivated, (lm(model.model),), other.neurons))
+    assert not one.joins(SetTreatment(patched, (model, model), other.neurons))
     assert not one.joins(lambda: deactivated(model, other.neurons))
     mixture = lm(build(MOE_FAMILIES[0]))
     routed, dense = some(mixture), some(mixture, sites=("q",))
     dense = NeuronSet({key: dense[key] for key, _ in dense.items() if "expert" not in key}, mixture.table)
-    assert not OnNeurons(deactivated, (mixture,), dense).joins(OnNeurons(deactivated, (mixture,), routed))
-    assert OnNeurons(deactivated, (mixture,), dense).joins(OnNeurons(deactivated, (mixture,), dense))
+    assert not SetTreatment(deactivated, (mixture,), dense).joins(
+        SetTreatment(deactivated, (mixture,), routed)
+    )
+    assert SetTreatment(deactivated, (mixture,), dense).joins(SetTreatment(deactivated, (mixture,), dense))

@@ -182,7 +182,10 @@ def test_random_sets_have_the_same_counts_and_share_no_member(pair, prompts, sco
     monkeypatch.setattr(
         verification,
         "patched",
-        lambda base, aligned, members: (seen.append(members), real(base, aligned, members))[1],
+        lambda base, aligned, members: (
+            seen.extend(getattr(members, "sets", [members])),
+            real(base, aligned, members),
+        )[1],
     )
     verify_patch(pair.base, pair.aligned, scores, *prompts, sizes=[0.2], random=3, seed=5, **OPTIONS)
     sets = list(dict.fromkeys(seen))

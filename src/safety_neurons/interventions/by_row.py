@@ -65,7 +65,7 @@ def by_row(*given: Any) -> AbstractContextManager[Any]:
 
 
 @dataclasses.dataclass(frozen=True)
-class OnNeurons:
+class SetTreatment:
     """An intervention on a set of neurons that is yet to begin: called, it gives the context.
 
     Attributes:
@@ -88,13 +88,13 @@ class OnNeurons:
         Routed experts read each token by itself, and know no rows.
         """
         return (
-            isinstance(other, OnNeurons)
+            isinstance(other, SetTreatment)
             and other.intervention is self.intervention
             and list(map(id, other.models)) == list(map(id, self.models))
             and all(parse_key(key).expert is None for one in (self, other) for key, _ in one.neurons.items())
         )
 
-    def in_rows(self, others: Sequence["OnNeurons"], which: Sequence[int]) -> AbstractContextManager[Any]:
+    def in_rows(self, others: Sequence["SetTreatment"], which: Sequence[int]) -> AbstractContextManager[Any]:
         """The model with rows under one of several treatments each, that join this one.
 
         Args:

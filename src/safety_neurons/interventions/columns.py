@@ -89,7 +89,7 @@ class PerDevice:
             target.index_copy_(-1, self.on(target.device), values)
 
 
-class Columns:
+class ChosenColumns:
     """The chosen columns of a site: the same in all rows, or in every row those of its own set."""
 
     def __init__(self, parts: Sequence[tuple[int, PerDevice]], by_row: ByRow | None = None) -> None:
@@ -116,7 +116,7 @@ class Columns:
             yield activation if spans is None else activation[spans[number]], index
 
 
-def columns(anatomy: Anatomy, *given: NeuronSet | Mapping[str, Any] | ByRow) -> dict[str, Columns]:
+def columns(anatomy: Anatomy, *given: NeuronSet | Mapping[str, Any] | ByRow) -> dict[str, ChosenColumns]:
     """The columns of every site that any of the sets has neurons at; of several sets that are no `ByRow`
     those of their union.
     """
@@ -124,9 +124,9 @@ def columns(anatomy: Anatomy, *given: NeuronSet | Mapping[str, Any] | ByRow) -> 
     by_row = next((one for one in given if isinstance(one, ByRow)), None)
     if by_row is None:
         chosen = indices(anatomy, *(one for one in given if not isinstance(one, ByRow)))
-        return {key: Columns([(0, PerDevice(index, sizes[key]))]) for key, index in chosen.items()}
+        return {key: ChosenColumns([(0, PerDevice(index, sizes[key]))]) for key, index in chosen.items()}
     parts: dict[str, list[tuple[int, PerDevice]]] = {}
     for number, members in enumerate(by_row.sets):
         for key, index in indices(anatomy, members).items():
             parts.setdefault(key, []).append((number, PerDevice(index, sizes[key])))
-    return {key: Columns(each, by_row) for key, each in parts.items()}
+    return {key: ChosenColumns(each, by_row) for key, each in parts.items()}

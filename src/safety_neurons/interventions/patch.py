@@ -34,7 +34,7 @@ from transformers import DynamicCache
 
 from safety_neurons.errors import DecodeError, MismatchError, UsageError
 from safety_neurons.interventions.by_row import ByRow, by_row
-from safety_neurons.interventions.columns import Columns, columns, indices
+from safety_neurons.interventions.columns import ChosenColumns, columns, indices
 from safety_neurons.interventions.targets import (
     Subject,
     active,
@@ -366,7 +366,7 @@ class StackedPass:
         chosen: The columns of every site.
     """
 
-    def __init__(self, base: Subject, aligned: Subject, chosen: Mapping[str, Columns]) -> None:
+    def __init__(self, base: Subject, aligned: Subject, chosen: Mapping[str, ChosenColumns]) -> None:
         self.base, self.aligned = base, aligned
         self.follower = Follower(doubled=True)
         self._chosen = dict(chosen)
@@ -380,7 +380,7 @@ class StackedPass:
         """
         return {key: self._copier(at) for key, at in self._chosen.items()}
 
-    def _copier(self, at: Columns) -> Callable[[Tensor], Tensor]:
+    def _copier(self, at: ChosenColumns) -> Callable[[Tensor], Tensor]:
         def copy(activation: Float[Tensor, "*rows neuron"]) -> Float[Tensor, "*rows neuron"]:
             self._fired += 1
             patched, donor = activation.chunk(2)
@@ -470,7 +470,7 @@ class TwinPass:
         chosen: The columns of every site.
     """
 
-    def __init__(self, base: Subject, aligned: Subject, chosen: Mapping[str, Columns]) -> None:
+    def __init__(self, base: Subject, aligned: Subject, chosen: Mapping[str, ChosenColumns]) -> None:
         self.base, self.aligned = base, aligned
         self.shared = base.body is aligned.body
         self.follower = Follower(doubled=False)
@@ -704,7 +704,7 @@ def _of_text(subject: Subject, name: str) -> Any:
 
 
 def _follow(
-    stack: contextlib.ExitStack, base: Subject, donor: Subject, chosen: Mapping[str, Columns]
+    stack: contextlib.ExitStack, base: Subject, donor: Subject, chosen: Mapping[str, ChosenColumns]
 ) -> None:
     """Puts the donor, in evaluation mode as the base model is, beside every pass of the base model until the
     stack closes.

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from safety_neurons.errors import DecodeError, NeuronError, UnsupportedModelError, UsageError
 from safety_neurons.interventions.by_row import ByRow, by_row
-from safety_neurons.interventions.columns import Columns, PerDevice, columns, indices
+from safety_neurons.interventions.columns import ChosenColumns, PerDevice, columns, indices
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.batches import decoder_of
 from safety_neurons.model.decoding import cache_in, following
@@ -242,7 +242,7 @@ def constant_editors(
         )
         at, change = PerDevice(index, sizes[key]), _change(mode, alpha, given, draws)
         editors[key] = (
-            _silencer(Columns([(0, at)]), subject) if change is None else _edit(subject, at, change)
+            _silencer(ChosenColumns([(0, at)]), subject) if change is None else _edit(subject, at, change)
         )
     return editors
 
@@ -342,7 +342,7 @@ def rerouted(model: Any, neurons: NeuronSet | Mapping[str, Any]) -> Iterator[Any
         yield model
 
 
-def _silencer(at: Columns, subject: Subject) -> Callable[[Any], Tensor]:
+def _silencer(at: ChosenColumns, subject: Subject) -> Callable[[Any], Tensor]:
     def silence(
         activation: Float[Tensor, "batch token neuron"] | ExpertRows,
     ) -> Float[Tensor, "*rows neuron"]:
@@ -423,7 +423,7 @@ def _scaler(
     index: PerDevice, factor: float, subject: Subject, asked: "Conditional | None"
 ) -> Callable[[Any], Tensor]:
     if factor == 0 and asked is None:
-        return _silencer(Columns([(0, index)]), subject)
+        return _silencer(ChosenColumns([(0, index)]), subject)
     change: Edit = torch.zeros_like if factor == 0 else lambda own: own * factor
 
     def scale(

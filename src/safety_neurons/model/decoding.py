@@ -53,7 +53,7 @@ further arguments of the model's
 
 
 @dataclass(frozen=True)
-class Treated:
+class TreatedRows:
     """Sequences that are treated each in one of several ways.
 
     Attributes:
@@ -92,7 +92,7 @@ class Decoding:
     others: Mapping[str, Any] | None = None
     watched: Watched | None = None
     read: "Callable[[int, Answer], Any] | None" = None
-    treated: Treated | None = None
+    treated: TreatedRows | None = None
 
     @property
     def plain(self) -> bool:

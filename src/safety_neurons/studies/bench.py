@@ -18,13 +18,13 @@ from safety_neurons.capability.measures import measure_perplexity
 from safety_neurons.counting import numbered
 from safety_neurons.errors import RunError
 from safety_neurons.guard import Guard
-from safety_neurons.interventions.by_row import OnNeurons
+from safety_neurons.interventions.by_row import SetTreatment
 from safety_neurons.judges import HARM_JUDGE, GoesAlongJudge, Judge, broken, judge_refusal
 from safety_neurons.judges import judge as judge_of
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.batches import BatchSize
 from safety_neurons.model.chat_server import Endpoint
-from safety_neurons.model.decoding import Decoding, Treated
+from safety_neurons.model.decoding import Decoding, TreatedRows
 from safety_neurons.model.identity import identity, json_sha256
 from safety_neurons.model.language_model import CUT, LEFT_OUT, generate
 from safety_neurons.neurons import NeuronSet, Scores
@@ -83,7 +83,7 @@ class Arm:
 
     def joins(self, other: "Arm") -> bool:
         """Whether both can answer in one batch."""
-        return isinstance(self.treatment, OnNeurons) and self.treatment.joins(other.treatment)
+        return isinstance(self.treatment, SetTreatment) and self.treatment.joins(other.treatment)
 
 
 def try_out(model: Any, *treatments: Treatment) -> None:
@@ -203,8 +203,8 @@ class Answers:
 
         first, treated = arms[0], None
         if len(arms) > 1:
-            treatments = [cast(OnNeurons, arm.treatment) for arm in arms]
-            treated = Treated(which, functools.partial(treatments[0].in_rows, treatments))
+            treatments = [cast(SetTreatment, arm.treatment) for arm in arms]
+            treated = TreatedRows(which, functools.partial(treatments[0].in_rows, treatments))
             first = Arm(first.name, first.model)
         asked = Prompts(together)
         _, notes = self._complete(first, asked, how, seed, Completions(done), of_list, treated)
@@ -219,7 +219,7 @@ class Answers:
         seed: int,
         done: Completions,
         kept: Callable[[Completion], Completion],
-        treated: Treated | None = None,
+        treated: TreatedRows | None = None,
     ) -> tuple[Completions, list[str]]:
         """Completions of the prompts, and notes; each new one goes to the file as `kept` makes it."""
         notes: list[str] = []

@@ -36,7 +36,7 @@ from safety_neurons.detectors.methods import METHODS, EarlyStop, Method, by_name
 from safety_neurons.display import Displayed
 from safety_neurons.errors import UnsupportedModelError, UsageError
 from safety_neurons.interventions import deactivated, patched
-from safety_neurons.interventions.by_row import OnNeurons
+from safety_neurons.interventions.by_row import SetTreatment
 from safety_neurons.model import LanguageModel, load_pair
 from safety_neurons.model.batches import BatchSize
 from safety_neurons.model.files import open_organism
@@ -246,7 +246,7 @@ def compare(
     }
     bench = Bench.of({"base": base, "aligned": aligned, **asked}, harmful, harmless, **how)
     subject = SubjectModels(
-        "patch", bench, base, lambda members: OnNeurons(patched, (base, aligned), members), aligned
+        "patch", bench, base, lambda members: SetTreatment(patched, (base, aligned), members), aligned
     )
     make = _Rows(subject, truth, texts.get("general"))
     bench.say(left_out)
@@ -421,7 +421,9 @@ class _Rows:
 
     def without(self, one: Candidate) -> Arm:
         """The aligned model with a set off."""
-        return Arm(f"{one.name} deactivated", self.donor, OnNeurons(deactivated, (self.donor,), one.neurons))
+        return Arm(
+            f"{one.name} deactivated", self.donor, SetTreatment(deactivated, (self.donor,), one.neurons)
+        )
 
     def row(self, one: Candidate) -> MethodResult:
         """Patch the set, deactivate it, hold it against the truth."""

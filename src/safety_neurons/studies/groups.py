@@ -18,7 +18,7 @@ from safety_neurons.counting import numbered
 from safety_neurons.detectors.methods import METHODS, HowFound, by_name, with_options
 from safety_neurons.errors import InputError, NeuronError, UnsupportedModelError, UsageError
 from safety_neurons.interventions import deactivated, patched
-from safety_neurons.interventions.by_row import OnNeurons
+from safety_neurons.interventions.by_row import SetTreatment
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.batches import BatchSize
 from safety_neurons.neurons import SITES, NeuronSet, parse_key
@@ -381,7 +381,7 @@ def deactivation_matrix(
     groups = Groups(harmful)
     bench = Bench.of({"model": model, "sets": sets}, groups.pooled, **how)
     bench.say_seen(*sets.values())
-    matrix = Matrix(bench, groups, model, lambda neurons: OnNeurons(deactivated, (model,), neurons))
+    matrix = Matrix(bench, groups, model, lambda neurons: SetTreatment(deactivated, (model,), neurons))
     cells = [cell for name, neurons in sets.items() if len(neurons) for cell in matrix.row(name, neurons)]
     bench.finish()
     skipped = tuple(name for name, neurons in sets.items() if not len(neurons))
@@ -534,7 +534,9 @@ def transfer(
     measured = functools.partial(_ability, bench, wanted, settings)
     donor = Arm("aligned", aligned)
     goal = groups.split(bench.refused(donor))
-    matrix = Matrix(bench, groups, base, lambda neurons: OnNeurons(patched, (base, aligned), neurons), goal)
+    matrix = Matrix(
+        bench, groups, base, lambda neurons: SetTreatment(patched, (base, aligned), neurons), goal
+    )
     abilities = [measured(Arm(UNTREATED, base), UNTREATED), measured(donor, "aligned", reference=base)]
     cells: list[Cell] = []
     for name, neurons in sets.items():

@@ -27,7 +27,7 @@ from safety_neurons.detectors.text import Texts, texts
 from safety_neurons.display import Displayed
 from safety_neurons.errors import NeuronError, UsageError
 from safety_neurons.interventions import patched
-from safety_neurons.interventions.by_row import OnNeurons
+from safety_neurons.interventions.by_row import SetTreatment
 from safety_neurons.judges import judge_refusal
 from safety_neurons.judges.judgement import normalised
 from safety_neurons.model import LanguageModel, check_pair
@@ -412,7 +412,7 @@ def cross_patch(
             Arm(
                 f"{name} from {other}{which}",
                 models[name],
-                OnNeurons(patched, (models[name], models[other]), one),
+                SetTreatment(patched, (models[name], models[other]), one),
             )
             for which, one in sets.items()
         ]

@@ -25,7 +25,7 @@ from safety_neurons.counting import numbered
 from safety_neurons.display import Displayed
 from safety_neurons.errors import MismatchError, NeuronError, UnsupportedModelError
 from safety_neurons.interventions import deactivated, patched, rerouted
-from safety_neurons.interventions.by_row import OnNeurons
+from safety_neurons.interventions.by_row import SetTreatment
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.adapters import is_adapted
 from safety_neurons.neurons import NeuronSet, Scores, SiteTable, parse_key
@@ -242,8 +242,8 @@ def verify_deactivate(
     )
 
 
-def _off(model: LanguageModel, members: NeuronSet) -> OnNeurons:
-    return OnNeurons(deactivated, (model,), members)
+def _off(model: LanguageModel, members: NeuronSet) -> SetTreatment:
+    return SetTreatment(deactivated, (model,), members)
 
 
 def _off_at_router(model: LanguageModel, members: NeuronSet) -> Treatment:
@@ -281,8 +281,8 @@ def verify_patch(
     """
     sets = _sets(neurons, how.pop("sizes", ()), base)
 
-    def treat(members: NeuronSet) -> OnNeurons:
-        return OnNeurons(patched, (base, aligned), members)
+    def treat(members: NeuronSet) -> SetTreatment:
+        return SetTreatment(patched, (base, aligned), members)
 
     try_out(base, treat(sets[-1][1]))
     bench = Bench.of({"base": base, "aligned": aligned, "neurons": neurons}, harmful, harmless, **how)
