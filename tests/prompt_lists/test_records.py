@@ -1,8 +1,16 @@
 import hashlib
 
+import numpy as np
 import pytest
 
-from safety_neurons.prompt_lists import Message, Prompt, Prompts, normalised, request_of
+from safety_neurons.prompt_lists import (
+    Message,
+    Prompt,
+    Prompts,
+    hanging_together,
+    normalised,
+    request_of,
+)
 
 
 def test_a_list_of_texts_becomes_prompts_in_order():
@@ -100,3 +108,35 @@ def test_equal_lists_are_equal_and_prompts_add_up():
 
 def test_normalised_text_has_single_spaces():
     assert normalised(" a\t b\u00a0c\n") == "a b c"
+
+
+def test_what_hangs_together_is_what_paths_of_bonds_reach():
+    generator = np.random.default_rng(0)
+    for _ in range(40):
+        bonds = generator.random((12, 9)) < generator.uniform(0.02, 0.3)  # of items to bonds
+        reached = (bonds.astype(int) @ bonds.T + np.eye(12, dtype=int)) > 0
+        for _ in range(4):
+            reached = (reached.astype(int) @ reached) > 0
+        found = hanging_together(np.flatnonzero(row).tolist() for row in bonds)
+        assert found == reached.argmax(axis=1).tolist()
+
+
+def test_groups_are_joined_by_copies_attacks_and_translations():
+    def made(text, group=None, **meta):
+        return Prompt("0", text, group=group, meta=meta)
+
+    copies = Prompts([made("a", "g"), made("a", "h"), made("b", "h"), made("c", "i"), made("d"), made("d")])
+    assert copies.groups[:4] == ["g", "g", "g", "i"]  # as called first
+    assert copies.groups[4] == copies.groups[5] not in (None, "g", "i")
+    assert (copies[3:5] + copies[3:5]).groups[:2] == ["i", copies.groups[4]]  # a sum has copies of its own
+    turns = (Message("user", "a"), Message("assistant", "x"), Message("user", "d"))
+    assert Prompts([Prompt("0", "d", turns), made("d")]).groups == [None, None]  # another conversation
+    attacked = Prompts([made("a"), made("b"), made("x a", behavior_id="0", goal="a")])
+    assert attacked.groups[0] == attacked.groups[2] is not None
+    assert attacked.groups[1] is None
+    suites = Prompts(
+        made(text, suite=suite, kind="harmful", behavior_id=number)
+        for text, suite, number in (("a", "s", "0"), ("ein a", "s", "0"), ("b", "s", "1"), ("c", "t", "0"))
+    )
+    assert suites.groups[0] == suites.groups[1] is not None
+    assert suites.groups[2:] == [None, None]  # an id means something within its suite alone

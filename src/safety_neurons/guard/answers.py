@@ -274,7 +274,7 @@ class _Examples:
     labels: Bool[np.ndarray, " check"]
     split: Split
     further: Mapping[int, Float32[np.ndarray, "_ neuron"]]
-    groups: Sequence[str]
+    groups: Sequence[str | None]
     agreed: AgreedFit | None
 
     def rank(self, how: FitSettings) -> tuple[float, float]:
@@ -304,7 +304,7 @@ class _Answers:
     tokens: Sequence[Tokens]
     checks: Sequence[Checks]
     labels: Bool[np.ndarray, " answer"]
-    groups: Sequence[str]
+    groups: Sequence[str | None]
     finished: Sequence[bool]
     notes: Sequence[str]
 
@@ -358,7 +358,7 @@ class _Answers:
             [tokens[number] for number in sound],
             [checks[number] for number in sound],
             labels[sound],
-            [kept[number].prompt.group or kept[number].prompt.sha256 for number in sound],
+            Prompts([kept[number].prompt for number in sound]).groups,
             [kept[number].finished for number in sound],
             notes if lost else [],
         )

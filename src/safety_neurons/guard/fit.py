@@ -538,7 +538,7 @@ def fit_guard(
     read = read_poolings(model, encoded, neurons, how.poolings, direction=direction, **reading)
     usable, notes = _usable(read)
     labels = data.labels[usable]
-    shared = [data.prompts[int(index)].group for index in usable]
+    shared = [data.prompts.groups[int(index)] for index in usable]
     split = stratified_split(labels, seed=how.seed, shares=how.shares, groups=shared)
     held = split.calibration
     held_groups = [shared[int(place)] for place in held]
@@ -602,7 +602,7 @@ def _agreed(
         for number, item in enumerate(encoded)
         if not item.truncated and np.isfinite(tokens[number]).all()
     ]
-    labels, groups = data.labels[usable], [data.prompts[number].group for number in usable]
+    labels, groups = data.labels[usable], [data.prompts.groups[number] for number in usable]
     split = stratified_split(labels, seed=how.seed, shares=how.shares, groups=groups)
     return fit_agreeing(
         [tokens[number] for number in usable], labels, split, pooling.agree, how.penalties, groups

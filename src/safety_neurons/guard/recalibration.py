@@ -84,7 +84,7 @@ def recalibrate(
     kept = [data.prompts[int(place)] for place in np.flatnonzero(usable)]
     further, unread = further_readings(model, kept, neurons, pooling, batch_size, direction)
     scores = largest_scores(guard.classifier, values, map(further.get, range(len(values))))
-    shared = [prompt.group for prompt in kept]
+    shared = [data.prompts.groups[int(place)] for place in np.flatnonzero(usable)]
     found = calibrate(
         guard.classifier, scores, labels, how, [one.fpr_target for one in guard.operating_points], shared
     )

@@ -10,7 +10,15 @@ from safety_neurons.prompt_lists.readers import (
     library,
     prompts,
 )
-from safety_neurons.prompt_lists.records import Message, Prompt, Prompts, normalised, request_of
+from safety_neurons.prompt_lists.records import (
+    Message,
+    Prompt,
+    Prompts,
+    hanging_together,
+    normalised,
+    request_of,
+    said_in,
+)
 
 __all__ = [
     "DEFAULT_LANGUAGE",
@@ -21,9 +29,11 @@ __all__ = [
     "Prompts",
     "as_prompt",
     "as_prompts",
+    "hanging_together",
     "languages",
     "library",
     "normalised",
     "prompts",
     "request_of",
+    "said_in",
 ]

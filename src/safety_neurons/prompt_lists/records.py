@@ -12,7 +12,7 @@ import re
 import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, overload
@@ -100,6 +100,45 @@ class Prompt:
         return _hash(normalised(request_of(self.turns) or self.text).casefold())[:16]
 
 
+def said_in(turns: Sequence[Message]) -> Hashable:
+    """All that is put to a model, to be compared: a single user turn is its text."""
+    return turns[0].content if len(turns) == 1 and turns[0].role == "user" else tuple(turns)
+
+
+def hanging_together(bonds: Iterable[Iterable[Hashable]]) -> list[int]:
+    """For every item the place of the first that it hangs together with, by a bond that both have or through
+    others.
+    """
+    first: list[int] = []
+    known: dict[Hashable, int] = {}
+
+    def root(place: int) -> int:
+        while first[place] != place:
+            first[place] = place = first[first[place]]
+        return place
+
+    for place, own in enumerate(bonds):
+        first.append(place)
+        for bond in own:
+            here, there = root(place), root(known.setdefault(bond, place))
+            first[max(here, there)] = min(here, there)
+    return [root(place) for place in range(len(first))]
+
+
+def _bonds(prompt: Prompt) -> Iterator[Hashable]:
+    """What a prompt may have in common with others that then tell less than as many prompts: its group, what
+    it says, and of an attack or a translation the request that it is made of.
+    """
+    yield "says", said_in(prompt.turns)
+    if prompt.group is not None:
+        yield "group", prompt.group
+    request, suite = prompt.meta.get("behavior_id"), prompt.meta.get("suite")
+    if request is not None and suite is not None:  # Ids are told apart within a suite alone.
+        yield "request", str(suite), str(prompt.meta.get("kind")), str(request)
+    elif request is not None:
+        yield "says", prompt.meta.get("goal") or prompt.text
+
+
 def request_of(turns: Iterable[Message]) -> str:
     """What a conversation asks for: its last user turn; empty where there is none."""
     request = ""
@@ -122,13 +161,23 @@ class Prompts(Sequence[Prompt]):
         self.name = name
         self.notes = list(notes)
 
-    @property
+    @cached_property
     def groups(self) -> list[str | None]:
         """What every prompt shares with others, in order; None where it shares nothing.
 
-        Intervals resample groups.
+        Intervals resample groups. Those with one `Prompt.group` are a group, and so are copies, attacks on
+        one request and its translations; groups that have such a prompt in common are one, under the first
+        name among them.
         """
-        return [prompt.group for prompt in self._items]
+        places = hanging_together(map(_bonds, self))
+        many, names = Counter(places), dict[int, str]()
+        for place, prompt in zip(places, self, strict=True):
+            if prompt.group is not None:
+                names.setdefault(place, prompt.group)
+        return [
+            names.get(place, f"copies of {self[place].sha256[:16]}") if many[place] > 1 else prompt.group
+            for place, prompt in zip(places, self, strict=True)
+        ]
 
     @classmethod
     def from_list(cls, texts: Iterable[str], name: str = "list") -> "Prompts":

@@ -2,7 +2,6 @@
 first row it happened in.
 """
 
-import dataclasses
 import math
 import re
 from collections import Counter
@@ -95,7 +94,7 @@ def prompts_of(
     doubled = len(read) - len({prompt.id for prompt in read})
     if doubled:
         notes.append(f"{doubled} ids occur more than once; numbered with #2, #3, …")
-    return _with_groups_of_copies(with_unique_ids(read))
+    return with_unique_ids(read)
 
 
 class _Tally:
@@ -736,18 +735,3 @@ def _shared(value: Any) -> str | None:
     """What prompts share; the word of a program for a missing value is nothing that they do."""
     name = _text_or_none(value)
     return None if name is None or name.strip().casefold() in _NOTHING else name
-
-
-def _with_groups_of_copies(read: list[Prompt]) -> list[Prompt]:
-    """The prompts, those that say the same in one group where they have none: a copy tells nothing new.
-
-    Groups are called by what their prompts say: ids of several lists may be alike.
-    """
-    hashes = [prompt.sha256 for prompt in read]
-    count = Counter(hashes)
-    return [
-        dataclasses.replace(prompt, group=f"copies of {said[:16]}")
-        if count[said] > 1 and prompt.group is None
-        else prompt
-        for prompt, said in zip(read, hashes, strict=True)
-    ]

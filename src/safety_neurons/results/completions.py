@@ -7,14 +7,14 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast, overload
 
 from safety_neurons import strict_json
 from safety_neurons.counting import numbered
 from safety_neurons.errors import InputError, RunError
-from safety_neurons.prompt_lists import Message, Prompt
+from safety_neurons.prompt_lists import Message, Prompt, hanging_together, said_in
 from safety_neurons.results import notebook
 from safety_neurons.results.records import CompletionRecord, plain
 from safety_neurons.results.run import PathLike, write_bytes
@@ -99,14 +99,20 @@ def conversation_of(prompt: Prompt) -> dict[str, list[dict[str, str]]]:
 
 
 def shared_by(completions: Iterable[Completion]) -> list[str | None]:
-    """What answers share: the group of their prompt, else the prompt, which several arms and samples answer.
+    """What answers share: the group of their prompt, and the prompt, which several arms and samples answer.
 
     None where the prompt is not known.
     """
-    return [
-        str(one.meta.get("group") or f"{one.prompt_id}\x1f{one.prompt}") if one.prompt else None
-        for one in completions
-    ]
+    known = list(completions)
+
+    def bonds(one: Completion) -> Iterator[Hashable]:
+        if one.prompt:
+            yield "says", said_in(one.turns)
+            if (group := one.meta.get("group")) is not None:
+                yield "group", str(group)
+
+    places = hanging_together(map(bonds, known))
+    return [str(place) if one.prompt else None for place, one in zip(places, known, strict=True)]
 
 
 class Completions(Sequence[Completion]):

@@ -154,7 +154,10 @@ class Answers:
             label: begins notes; the suite where there is none.
         """
         kind = str(prompts[0].meta.get("kind", "")) if suite and len(prompts) else ""
-        by_id = {prompt.id: prompt for prompt in prompts}
+        by_id = {
+            prompt.id: dataclasses.replace(prompt, group=group)
+            for prompt, group in zip(prompts, prompts.groups, strict=True)
+        }
         self._ask((arm.name, suite, kind, seed))
 
         def mark(completion: Completion) -> Completion:

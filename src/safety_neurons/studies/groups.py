@@ -22,7 +22,7 @@ from safety_neurons.interventions.by_row import SetTreatment
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.batches import BatchSize
 from safety_neurons.neurons import SITES, NeuronSet, parse_key
-from safety_neurons.prompt_lists import Prompts, as_prompts
+from safety_neurons.prompt_lists import Prompts, as_prompts, hanging_together
 from safety_neurons.prompt_lists.readers import Source
 from safety_neurons.results import Difference, Effect, Rate, holm, paired_difference, rate
 from safety_neurons.results.estimates import GroupLabels, clusters_of
@@ -107,7 +107,13 @@ class Groups:
         """
         sides: tuple[dict[str, Prompts], ...] = {}, {}
         for name, prompts in lists.items():
-            shared = _hanging_together(prompts)
+            asked = zip(
+                prompts.digests, prompts.groups, strict=True
+            )  # None is the group of one prompt alone.
+            together = hanging_together(
+                ((digest,), *([(0, group)] if group else [])) for digest, group in asked
+            )
+            shared = clusters_of([str(place) for place in together], len(prompts)).tolist()
             for side, part in enumerate(sides):
                 mine = (prompt for prompt, number in zip(prompts, shared, strict=True) if number % 2 == side)
                 part[name] = Prompts(mine, name)
@@ -139,18 +145,6 @@ class Groups:
                 "expected a field that tells them apart, such as category"
             )
         return Groups(kept)
-
-
-def _hanging_together(prompts: Prompts) -> list[int]:
-    """A number for every prompt, in order, one for all that share a group or ask the same."""
-    numbers: dict[str, int] = {}
-    for place, prompt in enumerate(prompts):
-        labels = [f"asks {prompt.digest}", *([f"group {prompt.group}"] if prompt.group else [])]
-        met = {numbers[label] for label in labels if label in numbers}
-        if len(met) > 1:
-            numbers = {label: min(met) if number in met else number for label, number in numbers.items()}
-        numbers |= dict.fromkeys(labels, min(met, default=place))
-    return clusters_of([str(numbers[f"asks {prompt.digest}"]) for prompt in prompts], len(prompts)).tolist()
 
 
 def find_by_group(

@@ -3,6 +3,7 @@ perturbed.
 """
 
 import dataclasses
+import functools
 import random
 import re
 from collections import defaultdict
@@ -411,7 +412,11 @@ class Cases:
 
     def groups(self, rows: Int[np.ndarray, " row"]) -> list[str | None]:
         """What some cases share."""
-        return [self.items[row].prompt.group for row in rows]
+        return [self._shared[row] for row in rows]
+
+    @functools.cached_property
+    def _shared(self) -> list[str | None]:
+        return self.prompts.groups
 
     def where(self, variant: str) -> np.ndarray:
         """Indices of the cases of a variant."""

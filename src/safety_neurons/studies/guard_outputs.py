@@ -196,10 +196,10 @@ def cut_of(
 
 
 def _by_language(
-    asked: Sequence[Prompt], label: np.ndarray, before: np.ndarray, after: np.ndarray, stopped: np.ndarray
+    asked: Prompts, label: np.ndarray, before: np.ndarray, after: np.ndarray, stopped: np.ndarray
 ) -> list[GuardLanguageRecord]:
     codes = np.array([prompt.language or "" for prompt in asked])
-    groups = np.array([prompt.group for prompt in asked], object)
+    groups = np.array(asked.groups, object)
     rows: list[GuardLanguageRecord] = []
     for code in dict.fromkeys(codes[codes != ""].tolist()):
         ours, safe = codes[label] == code, (codes == code) & ~label
@@ -265,7 +265,7 @@ def stopped_answers(
     if notes is not None:
         notes += said_of_unread(verdicts, "answers")
     chances = np.array([np.nan if one.p_unsafe is None else one.p_unsafe for one in verdicts])
-    groups = [one.prompt.group for _, _, one in told]
+    groups = Prompts([one.prompt for _, _, one in told]).groups
     names = np.array([name for name, _, _ in told])
 
     def row(name: str, rows: np.ndarray) -> GuardStoppedRecord:

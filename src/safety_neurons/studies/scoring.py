@@ -12,6 +12,7 @@ import numpy as np
 
 from safety_neurons.capability import Measurement
 from safety_neurons.errors import InputError
+from safety_neurons.prompt_lists import hanging_together
 from safety_neurons.results import (
     Completion,
     Completions,
@@ -292,9 +293,12 @@ def pooled(scores: Sequence[SuiteScore], measure: str) -> dict[str, EstimateReco
             score for score in scores if judge in score.judged and measure in score.judged[judge].outcomes
         ]
         values = [value for score in having for value in score.judged[judge].outcomes[measure]]
-        rates[judge] = rate(
-            values, [label for score in having for label in score.shared or [None] * len(score.ids)]
-        ).to_json()
+        bonds = (
+            [("says", text), *([("group", label)] if label is not None else [])]
+            for score in having
+            for text, label in zip(score.texts, score.shared or [None] * len(score.ids), strict=True)
+        )  # One request may be in several suites.
+        rates[judge] = rate(values, list(map(str, hanging_together(bonds)))).to_json()
     return rates
 
 

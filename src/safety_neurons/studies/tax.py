@@ -122,7 +122,9 @@ def read_trainings(
             "batch_size": batch_size,
         }
         text = texts(before, prompts, stream=Stream(None, {}), **written)
-    parts = _groups(text, groups, {prompt.id: prompt.group for prompt in prompts})
+    parts = _groups(
+        text, groups, {prompt.id: group for prompt, group in zip(prompts, prompts.groups, strict=True)}
+    )
     models = {"": before, **trained}
     read: dict[tuple[str, str], list[ContrastStatistics]] = {}
     for first, second in itertools.combinations(models, 2):

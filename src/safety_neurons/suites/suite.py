@@ -387,7 +387,6 @@ def _finished(
         category=category,
         language=tag,
         meta=meta,
-        group=prompt.sha256 if entry.answers or answer is not None else prompt.group,
     )
 
 
