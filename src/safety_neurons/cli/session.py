@@ -437,12 +437,15 @@ class Session:
 
         None where it names none.
         """
+        from safety_neurons.prompt_lists.labels import asks_for, labelled_otherwise
+
         source, reads = self.options[name], self.reads[name]
-        return (
-            None
-            if source is None or source in reads.words
-            else self.prompts(source, model, limit=limit, **self.columns(reads))
-        )
+        if source is None or source in reads.words:
+            return None
+        read = self.prompts(source, model, limit=limit, **self.columns(reads))
+        if (kind := asks_for(name)) or name == "prompts":
+            self.notes.extend(f"{source}: {note}" for note in labelled_otherwise(read, kind))
+        return read
 
     def lists(self, name: str, model: Any, limit: int | None = None) -> list[Any]:
         """The prompts of every part of an option that names several lists, each under its name."""

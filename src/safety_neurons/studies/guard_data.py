@@ -5,7 +5,6 @@ perturbed.
 import dataclasses
 import functools
 import random
-import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,33 +19,13 @@ from safety_neurons.guard import AnswerTokens, answers_written
 from safety_neurons.judges import Judge, judge
 from safety_neurons.model import LanguageModel
 from safety_neurons.prompt_lists import Message, Prompt, Prompts, as_prompts, request_of
+from safety_neurons.prompt_lists.labels import TRUTH, asks_for, says_unsafe
 from safety_neurons.prompt_lists.readers import Source
 from safety_neurons.prompt_lists.records import label_word
 from safety_neurons.results import Completion, Completions
 from safety_neurons.suites import attack
 from safety_neurons.suites.rewording import MECHANICAL
 
-UNSAFE_WORDS = frozenset({"1", "yes", "unsafe", "harmful", "toxic", "jailbreak", "attack", "malicious"})
-SAFE_WORDS = frozenset({"0", "-1", "no", "safe", "harmless", "benign", "unharmful", "ok"})
-_TRUTH = {"1": True, "yes": True, "0": False, "no": False}
-_GOOD_NAMES = SAFE_WORDS | {
-    "acceptable",
-    "allowed",
-    "appropriate",
-    "clean",
-    "compliant",
-    "ethical",
-    "innocuous",
-    "legal",
-    "legitimate",
-    "permitted",
-}
-"""Words in the name of a column whose truth says that a prompt is safe."""
-_BAD_NAMES = UNSAFE_WORDS | {"toxicity"}
-"""Words in the name of a column whose truth says that it is not."""
-_USUAL_NAMES = frozenset({"label", "labels", "flag", "flagged"})
-"""Words that alone say the same, since nobody means the other by them."""
-_NEGATIONS = frozenset({"not", "non", "no", "un", "isnt"})
 HARMLESS_ARM = "/harmless"
 
 
@@ -114,8 +93,8 @@ def labelled_by_column(prompts: Prompts, column: str = "label") -> GuardData:
         *prompts.notes,
         *([f"left out {numbered(missing, 'prompt')} without a label"] if missing else []),
     ]
-    asks = _asks_for(column)
-    if asks != "unsafe" and any(label_word(_field(prompt, column)) in _TRUTH for prompt in prompts):
+    asks = asks_for(column)
+    if asks != "unsafe" and any(label_word(_field(prompt, column)) in TRUTH for prompt in prompts):
         told = "safe, as its name says" if asks else "unsafe; its name does not tell, as is_safe would"
         notes.append(f"1 and true in {column!r} were read as {told}")
     return GuardData(
@@ -302,45 +281,17 @@ def _field(prompt: Prompt, column: str) -> Any:
     return prompt.meta.get(column, own.get(column))
 
 
-def _asks_for(column: str) -> str:
-    """What truth in a column of this name says a prompt is: `safe` (`is_safe`, `notHarmful`), `unsafe`;
-    `both` for a name that asks for both, or for safety by degrees; empty for one that tells nothing.
-    """
-    safe = unsafe = negated = usual = False
-    for part in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", column):
-        word = part.casefold()
-        bare = re.sub("^(?:non|not|un|in|dis|il)", "", word)
-        negated ^= word in _NEGATIONS
-        usual |= word in _USUAL_NAMES
-        if word in _TRUTH:
-            continue
-        safe |= word in _GOOD_NAMES or (bare != word and bare in _BAD_NAMES)
-        unsafe |= word in _BAD_NAMES or (bare != word and bare in _GOOD_NAMES)
-        if word == "safety":
-            return "both"
-    if safe == unsafe:
-        return "both" if safe else ("safe" if negated else "unsafe") if usual else ""
-    return "safe" if safe != negated else "unsafe"
-
-
 def _is_unsafe(value: Any, prompt: Prompt, column: str) -> bool:
-    word = label_word(value)
-    if word in _TRUTH:
-        asks = _asks_for(column)
-        if asks == "both":
-            raise InputError(
-                f"prompt {prompt.id!r} has {column} {str(value)[:40]!r}, and the name does not tell whether "
-                "that is safe; expected unsafe or safe, or a name such as is_unsafe or is_safe"
-            )
-        return _TRUTH[word] != (asks == "safe")
-    if word in UNSAFE_WORDS:
-        return True
-    if word in SAFE_WORDS:
-        return False
-    raise InputError(
-        f"prompt {prompt.id!r} has {column} {str(value)[:40]!r}; expected unsafe, harmful, 1 or true, or "
-        "safe, harmless, 0 or false"
-    )
+    unsafe = says_unsafe(value, column)
+    if unsafe is not None:
+        return unsafe
+    said = f"prompt {prompt.id!r} has {column} {str(value)[:40]!r}"
+    if label_word(value) in TRUTH:
+        raise InputError(
+            f"{said}, and the name does not tell whether that is safe; expected unsafe or safe, or a name "
+            "such as is_unsafe or is_safe"
+        )
+    raise InputError(f"{said}; expected unsafe, harmful, 1 or true, or safe, harmless, 0 or false")
 
 
 def joined(first: Prompts, second: Prompts) -> Prompts:

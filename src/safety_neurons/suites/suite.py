@@ -26,6 +26,7 @@ from safety_neurons.errors import InputError, UsageError
 from safety_neurons.prompt_lists import Prompt, Prompts, prompts
 from safety_neurons.prompt_lists.classes import class_names, with_class_names
 from safety_neurons.prompt_lists.columns import CONVERSATION_COLUMNS, PROMPT_COLUMNS, folded
+from safety_neurons.prompt_lists.labels import asks_for
 from safety_neurons.prompt_lists.readers import file_format, list_kind, read_text
 from safety_neurons.prompt_lists.records import label_word
 from safety_neurons.prompt_lists.rows import COMPLIES, prompts_of
@@ -412,10 +413,6 @@ def _is_of(prompt: Prompt, wanted: Wanted) -> bool:
 
 
 HUB, BUILTIN = "hub:", "builtin:"
-_LABELS = ("label", "labels", "kind", "is_safe", "safe", "unsafe", "harmful", "toxicity", "prompt_label")
-"""Columns that tell safe requests from unsafe ones in mixed files."""
-
-
 @dataclass(frozen=True)
 class Suite:
     """Prompts to evaluate on, and what is to be expected of their answers.
@@ -704,7 +701,12 @@ def _own(source: str | Path, sources: Mapping[str, Source], kind: str | None, co
     read_prompts = prompts(table_rows(file, repairs) if parquet else file.path, column=column)
     read_prompts.notes[:0] = repairs
     name = _own_name(text) or (file.origin if text.startswith(HUB) else file.path.name)
-    labels = {key for prompt in read_prompts for key in prompt.meta if folded(key) in _LABELS}
+    labels = {
+        key
+        for prompt in read_prompts
+        for key in prompt.meta
+        if folded(key) == "kind" or asks_for(str(key)) in ("safe", "unsafe", "both")
+    }
     if labels and kind is None:
         read_prompts.notes.append(
             f"all are taken as harmful, whatever their {' and '.join(sorted(labels))} says; split the file "
