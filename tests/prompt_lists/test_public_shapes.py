@@ -14,7 +14,17 @@ from hypothesis import strategies as st
 
 from safety_neurons.errors import InputError
 from safety_neurons.model import LanguageModel
-from safety_neurons.prompt_lists import Message, Prompt, Prompts, as_prompt, as_prompts, prompts, rows, tables
+from safety_neurons.prompt_lists import (
+    Message,
+    Prompt,
+    Prompts,
+    as_prompt,
+    as_prompts,
+    objects,
+    prompts,
+    rows,
+    tables,
+)
 from safety_neurons.results import rate
 
 IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
@@ -412,7 +422,7 @@ def test_a_table_of_many_columns_is_read_in_time_that_grows_with_its_cells(tmp_p
     header = ",".join(["prompt", *(f"c{number}" for number in range(20_000))])
     counted = []
     monkeypatch.setattr(
-        tables, "Counter", lambda cells=(): counted.append(len(cells)) or tables_counter(cells)
+        objects, "Counter", lambda cells=(): counted.append(len(cells)) or tables_counter(cells)
     )
     found = prompts(written(tmp_path, "a.csv", f"{header}\nHi\nHo,1\n"))
     assert found.texts == ["Hi", "Ho"]
@@ -420,7 +430,7 @@ def test_a_table_of_many_columns_is_read_in_time_that_grows_with_its_cells(tmp_p
     assert len(found[1].meta) == 1
 
 
-tables_counter = tables.Counter
+tables_counter = objects.Counter
 
 cells = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=4),
@@ -622,7 +632,7 @@ SAID = {
         ["a"],
         "left out what stands beside",
     ),
-    "brackets in text": ("a.txt", "[INST] a [/INST]\n{b}\n", ["[INST] a [/INST]", "{b}"], None),
+    "brackets in text": ("a.txt", "[ISBN] a [/ISBN]\n{b}\n", ["[ISBN] a [/ISBN]", "{b}"], None),
     "a name in text": ("a.txt", "prompt\na\n", ["prompt", "a"], "looks like the name of a column"),
     "the hub's viewer": (
         "a.json",
@@ -638,7 +648,13 @@ SAID = {
     ),
     "two cases of a name": ("a.csv", "Prompt,prompt\na,b\n", ["b"], "'Prompt' holds text too"),
     "the same in other columns": ("a.jsonl", json.dumps({"prompt": "a", "messages": CHAT}), ["a"], None),
-    "lists": ("a.jsonl", '{"prompt": "a", "history": [["b", "c"]]}', ["a"], "left aside: 'history'"),
+    "lists": ("a.jsonl", '{"prompt": "a", "choices": [["b", "c"]]}', ["a"], "left aside: 'choices'"),
+    "earlier turns": (
+        "a.jsonl",
+        '{"prompt": "a", "history": [["b", "c"]]}',
+        ["a"],
+        "1 row holds earlier turns beside the request; put before it",
+    ),
     "missing values as words": (
         "a.csv",
         "prompt,answer\nnan,x\nNone,None\n",

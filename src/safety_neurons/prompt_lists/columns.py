@@ -80,6 +80,8 @@ SYSTEM_COLUMNS = (
 )
 INPUT_COLUMNS = ("input", "context")
 CONTEXT_COLUMNS = ("ContextString", "context_string")
+HISTORY_COLUMNS = ("history", "chat_history", "conversation_history")
+"""What was said before the request: pairs of request and answer, or turns."""
 ID_COLUMNS = ("id", "prompt_id", "BehaviorID", "behavior_id", "uid", "custom_id", "question_id")
 CATEGORY_COLUMNS = (
     "category",
@@ -152,6 +154,14 @@ LISTS = (
     "questions",
     "entries",
     "behaviors",
+    "goals",
+    "queries",
+    "requests",
+    "instructions",
+    "problems",
+    "texts",
+    "sentences",
+    "test_cases",
     "results",
 )
 """Names under which a JSON object keeps its rows."""
@@ -225,6 +235,7 @@ class ColumnPlan:
     prompt: tuple[str, ...]
     conversation: tuple[str, ...]
     pair: tuple[str, ...]
+    history: tuple[str, ...]
     answer: tuple[str, ...]
     input: tuple[str, ...]
     context: tuple[str, ...]
@@ -258,6 +269,7 @@ def plan_for(present: tuple[str, ...], column: str | None, answer_column: str | 
         prompt=prompt,
         conversation=of(*CONVERSATION_COLUMNS) if column is None else (),
         pair=of(*PAIR_COLUMNS) if column is None else (),
+        history=of(*HISTORY_COLUMNS) if column not in HISTORY_COLUMNS else (),
         answer=of(answer_column) if answer_column is not None else of(*ANSWER_COLUMNS),
         input=joined,
         context=of(*CONTEXT_COLUMNS) if asks & {"behavior"} else (),

@@ -17,6 +17,12 @@ from safety_neurons import strict_json
 from safety_neurons.counting import numbered
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.prompt_lists.classes import class_names, with_class_names
+from safety_neurons.prompt_lists.objects import (
+    Unread,
+    is_one_conversation,
+    parts_of,
+    rows_of,
+)
 from safety_neurons.prompt_lists.records import (
     Message,
     Prompt,
@@ -29,11 +35,7 @@ from safety_neurons.prompt_lists.records import (
 from safety_neurons.prompt_lists.rows import Row, prompts_of
 from safety_neurons.prompt_lists.tables import (
     MOST_ROWS,
-    Unread,
-    is_one_conversation,
     parse_rows,
-    parts_of,
-    rows_of,
     too_many,
 )
 
@@ -200,9 +202,22 @@ _OTHER_FORMATS = {
     b"%PDF": "a PDF",
     b"\x28\xb5\x2f\xfd": "Zstandard data",
     b"SQLite format 3": "a database",
-    b"<!doctype html": "a page of the web, such as an error of a server",
-    b"<html": "a page of the web, such as an error of a server",
+    b"\xfd7zXZ": "xz data",
+    b"BZh": "bzip2 data",
+    b"7z\xbc\xaf": "a 7z archive",
+    b"ARROW1": "an Arrow file",
+    b"\xd0\xcf\x11\xe0": "an old Office file (.xls, .doc)",
+    b"{\\rtf": "an RTF document",
 }
+_MARKUP = re.compile(rb"(?:<!--.*?-->\s*)*<(?:!doctype|html|head|\?xml)\b", re.IGNORECASE | re.DOTALL)
+_REFUSAL = re.compile(
+    rb"(?:(?:HTTP/\S+ )?[1-5]\d\d:? )?(?:(?:Entry |Repository |File )?not found|forbidden|unauthorized"
+    rb"|access denied|bad (?:request|gateway|credentials)|too many requests"
+    rb"|internal server error|service unavailable"
+    rb"|(?:invalid|bad) (?:username|user|token)[\w ]*)[.!]?",
+    re.IGNORECASE,
+)
+"""What servers send in the place of a file."""
 
 
 def file_format(path: Path) -> str:
@@ -256,13 +271,28 @@ def text_of(data: bytes, path: Path) -> tuple[str, list[str]]:
         raise InputError(f"{path}: the file is empty; expected at least one prompt")
     _refuse_binary(path, data)
     try:
-        return _without_marks(data.decode("utf-8"), notes), notes
+        text = _without_marks(data.decode("utf-8"), notes)
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise InputError(
             f"{path}: not UTF-8 at byte {error.start} (0x{data[error.start]:02x}, line {line}); expected "
             f"UTF-8; convert it, e.g. `iconv -f WINDOWS-1252 -t UTF-8 {path.name}`"
         ) from None
+    _note_conflict(text, notes)
+    return text, notes
+
+
+def _note_conflict(text: str, notes: list[str]) -> None:
+    """Says where Git left two versions of lines; a cell of several lines may hold them for good."""
+    text, at = "\n" + text, 0
+    places = []
+    for mark in ("\n<<<<<<< ", "\n=======", "\n>>>>>>> "):
+        at = text.find(mark, at)
+        places.append(at)
+        if at < 0:
+            return
+    line = text.count("\n", 0, places[0]) + 1
+    notes.append(f"two versions of lines from line {line} on, which Git could not merge; read as they stand")
 
 
 def _without_marks(text: str, notes: list[str]) -> str:
@@ -355,10 +385,17 @@ def _uncompressed(path: Path, data: bytes) -> bytes:
 
 
 def _refuse_binary(path: Path, data: bytes) -> None:
-    start = data[:400].lstrip()
-    for magic, what in _OTHER_FORMATS.items():
-        if data.startswith(magic) or (magic[:1] == b"<" and start.lower().startswith(magic)):
-            raise InputError(f"{path}: the content is {what}; {EXPECTED}; unpack or convert it first")
+    start = data[:4000].lstrip()
+    named = [what for magic, what in _OTHER_FORMATS.items() if data.startswith(magic)]
+    if _MARKUP.match(start):
+        named = ["a page of the web or XML, such as an error of a server"]
+    if named:
+        raise InputError(f"{path}: the content is {named[0]}; {EXPECTED}; unpack or convert it first")
+    if len(data) < 200 and _REFUSAL.fullmatch(data.strip()):
+        raise InputError(
+            f"{path}: what a server says of an error ({data.strip().decode()}); {EXPECTED}; get the file "
+            "again"
+        )
     at = data.find(b"\x00")
     if at >= 0:
         raise InputError(

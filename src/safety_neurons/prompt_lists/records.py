@@ -303,7 +303,7 @@ _CALLS = ("tool_calls", "function_call")
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")
 _HUMAN_FIRST = re.compile(r"\s*Human:")
 _WRITTEN = re.compile(r"\s*\[\s*\{")
-_WRITTEN_TEXTS = re.compile(r"\s*\[\s*[{'\"]")
+_WRITTEN_TEXTS = re.compile(r"\s*\[\s*[\[{'\"]")
 _BETWEEN_RECORDS = re.compile(r"\}\s*\n\s*\{")
 _DEEPEST_CALL = 400
 """Lists and objects within one another in the arguments of a call."""
@@ -331,10 +331,10 @@ def read_turn(turn: Mapping[str, Any], unread: list[str] | None = None, joint: s
     Raises:
         UnreadableTurnError: A role that nobody knows, or no field for the text.
     """
-    name = _role_name(turn)
-    role = ROLES.get(name.strip().casefold()) if isinstance(name, str) else None
+    role = role_of(turn)
     if role is None:
-        raise UnreadableTurnError(f"role {str(name)[:40]!r}; expected system, user, assistant or tool")
+        name = str(_role_name(turn))[:40]
+        raise UnreadableTurnError(f"role {name!r}; expected system, user, assistant or tool")
     fields = [key for key in _TEXT_KEYS if key in turn]
     if not fields and not any(turn.get(key) for key in (*_CALLS, "refusal")):
         raise UnreadableTurnError(f"no text; it has {', '.join(map(str, list(turn)[:6]))}; expected content")
@@ -344,6 +344,12 @@ def read_turn(turn: Mapping[str, Any], unread: list[str] | None = None, joint: s
     texts += [turn["refusal"]] if isinstance(turn.get("refusal"), str) else []
     texts += [as_text(turn[key]) for key in _CALLS if turn.get(key)]
     return Message(role, joint.join(texts))
+
+
+def role_of(turn: Mapping[str, Any]) -> str | None:
+    """Which of the roles a turn of any public shape has; None for one that nobody knows."""
+    name = _role_name(turn)
+    return ROLES.get(name.strip().casefold()) if isinstance(name, str) else None
 
 
 def _role_name(turn: Mapping[str, Any]) -> Any:
@@ -435,7 +441,7 @@ def written_list(value: object, *, texts: bool) -> list[Any] | None:
 
     Args:
         value: A cell.
-        texts: Whether a list of texts counts too.
+        texts: Whether a list of texts, or of pairs of them, counts too.
     """
     if (
         not isinstance(value, str)
@@ -451,7 +457,14 @@ def written_list(value: object, *, texts: bool) -> list[Any] | None:
         return None
     if all(isinstance(turn, Mapping) and _role_name(turn) is not None for turn in turns):
         return turns if all(any(key in turn for key in (*_TEXT_KEYS, *_CALLS)) for turn in turns) else None
-    return turns if texts and all(isinstance(one, str) for one in turns) else None
+    return (
+        turns if texts and (all(isinstance(one, str) for one in turns) or all(map(is_pair, turns))) else None
+    )
+
+
+def is_pair(value: object) -> bool:
+    """Whether a value is two texts, such as a request and its answer."""
+    return isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(one, str) for one in value)
 
 
 def _literal(text: str) -> Any:

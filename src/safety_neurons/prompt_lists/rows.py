@@ -20,32 +20,38 @@ from safety_neurons.prompt_lists.columns import (
     listed,
     plan_for,
 )
+from safety_neurons.prompt_lists.objects import (
+    Unread,
+    with_conversations,
+)
 from safety_neurons.prompt_lists.records import (
     ROLES,
     Message,
     Prompt,
     UnreadableTurnError,
     is_conversation,
+    is_pair,
     is_transcript,
-    label_word,
     merge_turns,
     read_transcript,
     read_turns,
     request_of,
+    role_of,
     texts_of,
     with_unique_ids,
     written_list,
 )
-from safety_neurons.prompt_lists.tables import MOST_ROWS, Unread, looks_like_data, too_many
+from safety_neurons.prompt_lists.suspicions import NOTHING, suspicions
+from safety_neurons.prompt_lists.tables import (
+    MOST_ROWS,
+    looks_like_data,
+    too_many,
+)
 
 Row = Mapping[str, Any] | Unread | Prompt
-COMPLIES = re.compile(r"\s*(sure|of course|certainly|absolutely)\b[^.\n]{0,20}\bhere\b", re.IGNORECASE)
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_NOTHING = frozenset({"nan", "none", "null", "<na>", "undefined", "n/a"})
-_NUMBER = re.compile(r"\s*[-+]?\d[\d.,]*\s*")
 _BARE = frozenset({"goal", "behavior", "behaviour"})
 """Columns that hold the bare request beside the prompt that is put, as files of attacks have them."""
-_ANSWER_IS_SAFE = ("is_safe", "is_response_safe", "response_is_safe", "safe")
 _ARGUMENTS = {"doc", "arguments"}
 """What a sample of lm-evaluation-harness has: the document, and the texts that were put to the model."""
 
@@ -77,6 +83,7 @@ def prompts_of(
     """
     reader = _RowReader(source, column, answer_column)
     read: list[Prompt] = []
+    rows = with_conversations(rows, notes) if column is None and not whole else rows
     for number, row in enumerate(rows):
         if number >= MOST_ROWS and limit is None:
             raise too_many(source)
@@ -171,7 +178,8 @@ class _RowReader:
         joined = {column, answered_by}
         if len(turns) == 1 and turns[0].role == "user":
             text, beside = self._with_input(row, plan, column, text)
-            turns, joined = [Message("user", text)], joined | beside
+            earlier, name = self._earlier(row, plan)
+            turns, joined = [*earlier, Message("user", text)], joined | beside | {name}
         turns, system = self._with_system(row, plan, turns)
         self._count_aside(row, plan, joined | {system}, [turn.content for turn in turns])
         self._used.add(column, number)
@@ -242,6 +250,8 @@ class _RowReader:
                 why = why or error
                 continue
             if turns:
+                if why is not None:
+                    self._tally.add(f"not read: {why}; {column!r} is read in its place", self._number)
                 return column, turns
         if why is not None:
             raise why
@@ -288,6 +298,8 @@ class _RowReader:
             self._tally.add("no text: " + unread[0], self._number)
         turns = merge_turns(turns, joined)
         self._tally.add("joined", self._number, joined["joined"])
+        unwanted = isinstance(value[-1], Mapping) and value[-1].get("weight") in (0, "0")
+        self._tally.add("unwanted", self._number, unwanted and turns[-1].role == "assistant")
         return turns
 
     def _within(self, value: Mapping[str, Any], column: str) -> list[Message]:
@@ -297,6 +309,10 @@ class _RowReader:
         inner = self._plan(value, note=False)
         if inner.conversation:
             return self._asked(value, inner)[1]
+        roles = [ROLES.get(str(key).casefold()) for key in value]
+        if None not in roles and "user" in roles and all(isinstance(one, str) for one in value.values()):
+            said = zip(roles, value.values(), strict=True)
+            return [Message(str(role), self._clean(text)) for role, text in said if text.strip()]
         unread: list[str] = []
         text = "".join(texts_of(value, unread))
         if text or not inner.prompt:
@@ -345,6 +361,24 @@ class _RowReader:
             joined.update(plan.context)
         return text, joined
 
+    def _earlier(self, row: Mapping[str, Any], plan: ColumnPlan) -> tuple[list[Message], str | None]:
+        """The turns before the request that another column holds: pairs of request and answer, or turns."""
+        for name in plan.history:
+            value = self._unwritten(_plain(row.get(name)), conversation=True)
+            turns: list[Message] = []
+            if is_conversation(value) and all(map(role_of, value)):
+                turns = self._conversation(value)
+            elif isinstance(value, list) and all(map(is_pair, value)):
+                turns = [
+                    Message(role, self._clean(text))
+                    for pair in value
+                    for role, text in zip(("user", "assistant"), pair, strict=True)
+                ]
+            if turns and turns[-1].role == "assistant":
+                self._tally.add("earlier", self._number)
+                return turns, name
+        return [], None
+
     def _with_system(
         self, row: Mapping[str, Any], plan: ColumnPlan, turns: list[Message]
     ) -> tuple[list[Message], str | None]:
@@ -375,14 +409,8 @@ class _RowReader:
             if (answer := self._answer(value)) is not None:
                 break
             a_number = a_number or isinstance(value, int | float)
-        if (
-            folded(column) == "chosen"
-            and is_transcript(row.get(column))
-            and is_transcript(other := row.get("rejected"))
-        ):
-            self._tally.add(
-                "diverged", self._number, _before_last(str(other)) != _before_last(str(row[column]))
-            )
+        if folded(column) == "chosen" and (other := row.get("rejected")) is not None:
+            self._tally.add("diverged", self._number, _before_last(other) != _before_last(row[column]))
         if turns and turns[-1].role == "assistant":
             text = turns[-1].content
             self._tally.add("answerless", self._number, not text.strip())
@@ -545,6 +573,10 @@ class _RowReader:
                     f"{numbered(count, 'row holds', 'rows hold')} what is no text ({what}); only text is "
                     f"read {tally.first(kind)}"
                 )
+            if kind.startswith("not read: "):
+                lines.append(
+                    f"{numbered(count, 'row')}: {kind.removeprefix('not read: ')} {tally.first(kind)}"
+                )
         if len(self._used.counts) > 1:
             parts = [
                 f"{column!r} in {count} {self._used.first(column)}"
@@ -568,32 +600,12 @@ class _RowReader:
             )
         if self._unread.counts:
             lines.append(f"lists and objects are left aside: {listed(self._unread.counts)}")
-        return lines + self._suspicions(read)
-
-    def _suspicions(self, read: list[Prompt]) -> list[str]:
-        copies = len(read) - len({hash((prompt.messages or prompt.text, prompt.language)) for prompt in read})
-        complying = sum(COMPLIES.match(prompt.text) is not None for prompt in read)
-        targets = sum(
-            prompt.answer is not None and COMPLIES.match(prompt.answer) is not None for prompt in read
+        return lines + suspicions(
+            read,
+            next(iter(self._used.counts), "prompt"),
+            max(self._answers_used, key=lambda name: self._answers_used[name], default=""),
+            tally.counts["surrogates"],
         )
-        lines = [f"{numbered(copies, 'duplicate prompt')}, kept"] if copies else []
-        lines += _odd(read, self._tally.counts["surrogates"])
-        if complying > len(read) / 4:
-            column = next(iter(self._used.counts), "prompt")
-            lines.append(
-                f"{complying} of {len(read)} prompts begin like an answer (“Sure, here is …”): "
-                f"the column {column!r} seems to hold targets, not prompts"
-            )
-        if targets > len(read) / 4:
-            column = max(self._answers_used, key=lambda name: self._answers_used[name], default="")
-            lines.append(
-                (
-                    f"{targets} of {len(read)} answers begin like compliance (“Sure, here is …”): do not "
-                    "tune for safety on "
-                )
-                + (f"the column {column!r}" if column else "them")
-            )
-        return lines
 
 
 _NOTES = {
@@ -612,6 +624,16 @@ _NOTES = {
         "",
         "conversation ends with an empty answer, taken as no answer",
         "conversations end with an empty answer, taken as no answer",
+    ),
+    "unwanted": (
+        "",
+        "conversation ends with an answer of weight 0, which is not to be learnt; kept",
+        "conversations end with an answer of weight 0, which is not to be learnt; kept",
+    ),
+    "earlier": (
+        "",
+        "row holds earlier turns beside the request; put before it",
+        "rows hold earlier turns beside the request; put before it",
     ),
     "diverged": (
         "",
@@ -648,42 +670,6 @@ _NOTES = {
 """What stands before the number, and what is counted: one of it, several."""
 
 
-def _odd(read: Sequence[Prompt], replaced: int) -> list[str]:
-    """A line for each kind of texts that look like none; `replaced` ones were said already."""
-    texts = [prompt.text for prompt in read]
-    answers = [prompt.answer for prompt in read if prompt.answer is not None]
-    numbers = sum(_NUMBER.fullmatch(text) is not None for text in texts)
-    damaged = sum("\ufffd" in text or "\ufeff" in text for text in [*texts, *answers])
-    bad = sum(prompt.answer is not None and _is_marked_bad(prompt) for prompt in read)
-    missing = "what programs write for a missing value ('nan', 'None'); kept"
-    lines = (
-        (_missing(texts), "prompt says", "prompts say", missing),
-        (_missing(answers), "answer says", "answers say", missing),
-        (numbers if numbers > len(texts) / 4 else 0, "prompt is a number", "prompts are numbers", "; kept"),
-        (damaged - replaced, "text holds", "texts hold", "what a wrong decoding leaves (\ufffd); kept"),
-        (bad, "answer is", "answers are", "marked false or not safe by the row; kept"),
-    )
-    return [
-        f"{numbered(count, one, more)}{'' if what[0] == ';' else ' '}{what}"
-        for count, one, more, what in lines
-        if count > 0
-    ]
-
-
-def _missing(texts: Sequence[str]) -> int:
-    return sum(text.strip().casefold() in _NOTHING for text in texts)
-
-
-def _is_marked_bad(prompt: Prompt) -> bool:
-    """Whether a row says of its answer that it is not one to give, as public lists of both kinds do."""
-    return any(
-        label_word(value) == "0"
-        if folded(name) in _ANSWER_IS_SAFE
-        else folded(name) == "label" and value is False
-        for name, value in prompt.meta.items()
-    )
-
-
 def _plain(value: Any) -> Any:
     """A cell without the arrays, tuples and missing values that tables in memory bring."""
     if isinstance(value, str | Mapping | list) or value is None:
@@ -705,8 +691,11 @@ def _is_blank(value: Any) -> bool:
     )
 
 
-def _before_last(transcript: str) -> str:
-    return transcript.rpartition("\n\nAssistant:")[0].strip()
+def _before_last(conversation: Any) -> Any:
+    """What stands before the last turn of a transcript or of a list of turns."""
+    if is_transcript(conversation):
+        return conversation.rpartition("\n\nAssistant:")[0].strip()
+    return list(conversation[:-1]) if is_conversation(conversation) else None
 
 
 def _first_text(value: Any) -> str | None:
@@ -734,4 +723,4 @@ def _text_or_none(value: Any) -> str | None:
 def _shared(value: Any) -> str | None:
     """What prompts share; the word of a program for a missing value is nothing that they do."""
     name = _text_or_none(value)
-    return None if name is None or name.strip().casefold() in _NOTHING else name
+    return None if name is None or name.strip().casefold() in NOTHING else name

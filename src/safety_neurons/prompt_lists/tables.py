@@ -1,28 +1,20 @@
-"""From text to rows, one after the other: JSON Lines, JSON in its many shapes, CSV, TSV and plain lines."""
+"""From text to rows, one after the other: JSON Lines, JSON, CSV, TSV and plain lines."""
 
 import csv
 import json
 import re
 import threading
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 from safety_neurons import strict_json
 from safety_neurons.counting import numbered
 from safety_neurons.errors import InputError
-from safety_neurons.prompt_lists.classes import is_viewed, viewed_rows
 from safety_neurons.prompt_lists.columns import (
-    ABOUT,
-    ANSWER_COLUMNS,
-    LISTS,
-    METADATA,
-    SPLITS,
-    folded,
     is_conversation_column,
     is_known_column,
 )
-from safety_neurons.prompt_lists.records import ROLES, Message
+from safety_neurons.prompt_lists.objects import Row, Unread, as_rows, distinct, role_by_itself, rows_of
 
 MOST_ROWS = 1_000_000
 """Rows that are read at most, unless fewer are asked for: each takes a third of a kilobyte of memory beside
@@ -32,15 +24,6 @@ _FIELD_LIMIT = threading.Lock()
 _LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+\Z")
 _COLUMN_NAME = re.compile(r"[A-Za-z_][\w-]{0,39}")
 _ESCAPED_QUOTE = re.compile(r'(?<!\\)((?:\\\\)*)\\"')
-
-
-class Unread(NamedTuple):
-    """A row that is there and cannot be read, and why."""
-
-    why: str
-
-
-Row = dict[str, Any] | Unread
 
 
 def parse_rows(text: str, suffix: str, name: str, column: str | None, notes: list[str]) -> Iterator[Row]:
@@ -64,13 +47,13 @@ def parse_rows(text: str, suffix: str, name: str, column: str | None, notes: lis
 
 def _plain_lines(text: str, name: str, column: str | None, notes: list[str]) -> Iterator[Row]:
     """One row a line; what is plainly a file of another kind is read as that, or refused."""
-    if _is_json(text):
+    if is_json(text):
         notes.append("named .txt but holds JSON; read as such")
         return (_json_lines if _holds_lines(text) else _json)(text, name, column, notes)
     text = text if "\n" in text else text.replace("\r", "\n")  # line ends of old Macs
     first = next(_lines(text), "").strip()
     for delimiter in "\t;,|":
-        cells = first.split(delimiter)
+        cells = [cell.strip() for cell in first.strip("|").split(delimiter)]
         if len(cells) > 1 and any(map(is_known_column, cells)) and all(map(_COLUMN_NAME.fullmatch, cells)):
             raise InputError(
                 f"{name}: line 1, {first[:40]!r}, is the header of a table; expected a prompt a line; name "
@@ -78,10 +61,20 @@ def _plain_lines(text: str, name: str, column: str | None, notes: list[str]) -> 
             )
     if is_known_column(first) and first.count(" ") == 0:
         notes.append(f"line 1, {first!r}, looks like the name of a column; it is read as a prompt")
+    lines = [line for _, line in zip(range(1000), _lines(text), strict=False) if line.strip()]
+    if first.startswith("#") and not all(line.lstrip().startswith("#") for line in lines):
+        notes.append(f"line 1, {first[:40]!r}, looks like a comment; it is read as a prompt")
+    for delimiter in "\t;|":
+        width = lines[0].count(delimiter) if len(lines) > 1 else 0
+        if width and all(line.count(delimiter) == width for line in lines):
+            notes.append(
+                f"{delimiter!r} stands in every line {numbered(width, 'time')}, as in a table; each line is "
+                "read as a prompt: name a table .csv or .tsv"
+            )
     return ({"text": line.removesuffix("\n").removesuffix("\r")} for line in _lines(text))
 
 
-def _is_json(text: str) -> bool:
+def is_json(text: str) -> bool:
     """Whether a text is JSON: an object, a list of objects or texts, or an object a line."""
     if text.lstrip()[:1] not in ("{", "["):
         return False
@@ -163,7 +156,7 @@ def _json_lines(text: str, name: str, column: str | None, notes: list[str]) -> I
         except ValueError as error:
             if not values and number <= 2 and _is_spread(text):
                 notes.append("records spread over several lines; read as such")
-                yield from _as_rows(strict_json.each(text, lenient=True))
+                yield from as_rows(strict_json.each(text, lenient=True))
                 return
             if not line.rstrip().endswith("},"):
                 raise InputError(_bad_line(name, number, line, error, last=_is_last(text, line))) from None
@@ -173,7 +166,7 @@ def _json_lines(text: str, name: str, column: str | None, notes: list[str]) -> I
                 raise InputError(_bad_line(name, number, line, error, last=False)) from None
             commas += 1
         values = values or [value]
-        yield from _as_rows([value], number)
+        yield from as_rows([value], number)
     if commas:
         notes.append(f"{commas} lines end with a comma; read without it")
 
@@ -238,11 +231,11 @@ def _listed(values: Iterator[Any], name: str, column: str | None) -> Iterator[Ro
     """Rows of the elements of a JSON list, read as they come."""
     try:
         first = [value for _, value in zip(range(2), values, strict=False)]
-        if first and all(map(_role_of, first)):
+        if first and all(map(role_by_itself, first)):
             yield from rows_of([*first, *values], name, column)
             return
-        yield from _as_rows(first)
-        yield from _as_rows(values, len(first) + 1)
+        yield from as_rows(first)
+        yield from as_rows(values, len(first) + 1)
     except json.JSONDecodeError as error:
         raise _not_json(name, error) from None
     except strict_json.RefusedJSON as error:
@@ -258,221 +251,6 @@ def _bad_line(name: str, number: int, line: str, error: Exception, last: bool) -
         f"{name}: line {number} is not JSON ({error}){why}: {shown!r}; expected one JSON object a line; "
         "repair or remove the line"
     )
-
-
-def _role_of(turn: Any) -> str | None:
-    """Which of the roles a turn by itself has; None for what is no turn."""
-    if isinstance(turn, Message):
-        return turn.role
-    names = (("role", "content"), ("from", "value"))
-    said = next((turn.get(role) for role, text in names if isinstance(turn, Mapping) and text in turn), None)
-    return ROLES.get(str(said).casefold())
-
-
-def is_one_conversation(items: list[Any]) -> bool:
-    """Whether a list is the turns of one conversation; turns of the user alone are requests of their own."""
-    roles = set(map(_role_of, items))
-    return bool(roles) and None not in roles and (len(items) == 1 or roles != {"user"})
-
-
-def rows_of(whole: Any, name: str, column: str | None, notes: list[str] | None = None) -> Iterator[Row]:
-    """Rows of a parsed JSON document or of an object in memory, whatever its shape."""
-    if isinstance(whole, list):
-        return iter([{"messages": whole}]) if is_one_conversation(whole) else _as_rows(whole)
-    if not isinstance(whole, Mapping):
-        raise InputError(
-            f"{name}: the JSON document is a {type(whole).__name__}; expected a list of records; put the "
-            "prompts in a list"
-        )
-    return iter(_of_object(whole, name, column, notes if notes is not None else []))
-
-
-def _of_object(whole: Mapping[str, Any], name: str, column: str | None, notes: list[str]) -> Iterable[Row]:
-    header, data = whole.get("columns"), whole.get("data")
-    if isinstance(header, list) and isinstance(data, list) and all(isinstance(row, list) for row in data):
-        return _split(_distinct(list(map(str, header)), name, column, notes), data)
-    if _role_of(whole):
-        return [{"messages": [whole]}]
-    if is_viewed(whole):
-        return (Unread(row) if isinstance(row, str) else row for row in viewed_rows(whole, notes))
-    named = [key for key in whole if key == column or is_known_column(key)]
-    if any(not isinstance(whole[key], list | dict) for key in named):
-        _refuse_list_beside(whole, name, column, named)
-        return [dict(whole)]
-    turns = [
-        value[0]
-        for key, value in whole.items()
-        if is_conversation_column(key) and isinstance(value, list) and value
-    ]
-    if any(isinstance(turn, dict) and not turn.keys().isdisjoint(("role", "from")) for turn in turns):
-        return [dict(whole)]
-    if named and all(
-        isinstance(whole[key], list) or set(map(type, whole[key].values())) <= {str, type(None)}
-        for key in named
-    ):
-        return _by_column(whole, named, name, notes)
-    _refuse_parts(whole, name)
-    inner = next(
-        (
-            key
-            for wanted in LISTS
-            for key in whole
-            if folded(key) == wanted and isinstance(whole[key], list) and whole[key]
-        ),
-        None,
-    )
-    beside = [
-        key
-        for key, value in whole.items()
-        if key != inner and folded(key) not in METADATA and isinstance(value, list | dict)
-    ]
-    about = any(
-        folded(key) in ANSWER_COLUMNS
-        or (folded(key) in ABOUT and len(whole[key]) == len(whole[inner or key]))
-        for key in beside
-    )
-    if inner is not None and about and all(isinstance(value, str) for value in whole[inner]):
-        renamed = {"prompt" if key == inner else key: value for key, value in whole.items()}
-        return _by_column(renamed, ["prompt"], name, notes)
-    if inner is not None and (
-        not beside or folded(inner) in ("prompts", "examples", "rows", "data", "samples")
-    ):
-        notes += [f"left out what stands beside the prompts: {_shown(beside)}"] if beside else []
-        return _as_rows(whole[inner])
-    records = [
-        value for value in whole.values() if isinstance(value, list) and value and isinstance(value[0], dict)
-    ]
-    if len(records) == 1 and len(beside) <= 1:
-        return _as_rows(records[0])
-    return _by_category(whole, name, notes)
-
-
-def _refuse_list_beside(
-    whole: Mapping[str, Any], name: str, column: str | None, named: Sequence[str]
-) -> None:
-    """A text under the name of a prompt may be said about a list of prompts beside it, or be the prompt."""
-    beside = [
-        key
-        for key, value in whole.items()
-        if folded(key) in LISTS and isinstance(value, list) and value and all(map(_is_row, value))
-    ]
-    if beside and column is None:
-        raise InputError(
-            f"{name}: a text under {named[0]!r} and a list under {beside[0]!r}; expected the prompts in "
-            "one of them; keep that one, or name the column of the text with --column"
-        )
-
-
-def _is_row(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, Mapping) and any(map(is_known_column, value)))
-
-
-def _refuse_parts(whole: Mapping[str, Any], name: str) -> None:
-    """The splits of a data set are not one list of prompts."""
-    parts = [
-        key for key, value in whole.items() if isinstance(value, list | dict) and folded(key) not in METADATA
-    ]
-    if len(parts) > 1 and all(folded(part) in SPLITS for part in parts):
-        raise parts_of(name, parts)
-
-
-def parts_of(name: str, parts: Sequence[str]) -> InputError:
-    """What is said of a data set of several splits."""
-    return InputError(
-        f"{name}: a data set of {len(parts)} parts ({', '.join(map(repr, parts[:5]))}); expected one; choose "
-        "one by its name"
-    )
-
-
-def _as_rows(items: Iterable[Any], start: int = 1) -> Iterator[Row]:
-    for number, item in enumerate(items, start):
-        if isinstance(item, Mapping):
-            yield dict(item)
-        elif isinstance(item, str) or item is None:
-            yield {"text": item}
-        elif isinstance(item, list) and item and all(isinstance(turn, Mapping) for turn in item):
-            yield {"messages": item}
-        elif isinstance(item, strict_json.RefusedJSON):
-            yield Unread(f"record {number} is JSON that cannot be read ({item})")
-        else:
-            yield Unread(f"record {number} is a {type(item).__name__}; expected an object or a string")
-
-
-def _split(header: list[str], data: list[list[Any]]) -> Iterator[Row]:
-    """Rows of pandas' orient="split"."""
-    for number, row in enumerate(data, 1):
-        if len(row) == len(header):
-            yield dict(zip(header, row, strict=True))
-        else:
-            yield Unread(f"record {number} has {len(row)} values but there are {len(header)} columns")
-
-
-def _by_column(whole: Mapping[str, Any], named: list[str], name: str, notes: list[str]) -> Iterable[Row]:
-    """Rows of `{"goal": [...], "target": [...]}` or of `{"goal": {"0": ..., "1": ...}}`."""
-    index = whole[named[0]]
-    index = list(index) if isinstance(index, dict) else list(map(str, range(len(index))))
-    columns = {
-        key: [value[row] for row in index] if isinstance(value, dict) and value.keys() == {*index} else value
-        for key, value in whole.items()
-    }
-    columns = {key: value for key, value in columns.items() if isinstance(value, list | dict)}
-    lengths = {key: len(value) for key, value in columns.items()}
-    other = [key for key, value in columns.items() if isinstance(value, dict) or len(value) != len(index)]
-    if any(folded(key) not in METADATA for key in other):
-        listed = ", ".join(f"{key} {length}" for key, length in lengths.items())
-        raise InputError(
-            f"{name}: columns of different rows ({listed}); expected one value a row in each; repair the file"
-        )
-    left = [key for key in whole if key not in columns or key in other]
-    notes += [f"left out what stands beside the columns: {_shown(left)}"] if left else []
-    columns = {key: value for key, value in columns.items() if key not in other}
-    return (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
-
-
-def _by_category(whole: Mapping[str, Any], name: str, notes: list[str], above: str = "") -> list[Row]:
-    """Rows of `{"fraud": ["…"], "weapons": {"guns": ["…"]}}`; the path of keys is the category.
-
-    Texts are prompts where the object holds nothing but texts; beside lists they say something about the
-    lists.
-    """
-    rows: list[Row] = []
-    left: list[str] = []
-    lists = any(isinstance(value, list | dict) for value in whole.values())
-    for key, value in whole.items():
-        category = f"{above}/{key}" if above else str(key)
-        if folded(key) in METADATA or (lists and not isinstance(value, list | dict)):
-            left.append(str(key))
-        elif isinstance(value, list):
-            rows += [
-                row if isinstance(row, Unread) else {"category": category, **row} for row in _as_rows(value)
-            ]
-        elif isinstance(value, dict) and any(
-            is_known_column(inner) or is_conversation_column(inner) for inner in value
-        ):
-            rows.append({"id": category, **value})
-        elif isinstance(value, dict):
-            rows += _by_category(value, name, notes, category)
-        elif isinstance(value, str):
-            rows.append({"id": category, "text": value})
-        else:
-            raise InputError(
-                f"{name}: the key {category!r} holds a {type(value).__name__}; expected lists of prompts "
-                "by category; repair the file"
-            )
-    if not rows and not above:
-        raise InputError(
-            f"{name}: a JSON object without a list of prompts; it has {_shown(list(map(str, whole)))}; "
-            "expected a list of records; put the prompts in a list"
-        )
-    notes += [f"left out what stands beside the prompts: {_shown(left)}"] if left else []
-    if keys := [str(key) for key, value in whole.items() if isinstance(value, str) and str(key) not in left]:
-        said = numbered(len(keys), "text is read as a prompt", "texts are read as prompts")
-        notes.append(f"{said}, by the keys {_shown(keys)}, which are taken for ids")
-    return rows
-
-
-def _shown(keys: list[str]) -> str:
-    return ", ".join(key[:40] for key in keys[:6]) + (f" and {len(keys) - 6} more" if len(keys) > 6 else "")
 
 
 # Tables
@@ -491,12 +269,12 @@ def _table(text: str, delimiter: str, name: str, column: str | None, notes: list
             if other != delimiter and other in header[0]:
                 tried = Cells(text, other, name)
                 names = tried.header()
-                if any(
-                    is_known_column(cell) or is_conversation_column(cell) or cell == column for cell in names
-                ):
+                if _may_be_header(names) or column in names:
                     notes.append(f"cells are separated by {other!r}; read so")
                     cells, header = tried, names
                     break
+    if not _may_be_header(header) and column not in header:
+        cells, header = _below_preface(text, cells, name, column, notes) or (cells, header)
     if (
         column is not None
         and column.isdecimal()
@@ -506,42 +284,85 @@ def _table(text: str, delimiter: str, name: str, column: str | None, notes: list
         notes.append("no header row; columns taken by their number, counted from 1")
         cells = Cells(text, cells.delimiter, name)
         header = [str(number) for number in range(1, len(header) + 1)]
-    header = _distinct(header, name, column, notes)
-    yield from _dicts(header, cells, notes)
+    yield from _dicts(distinct(header, name, column, notes), cells, name, column, notes)
 
 
-def _distinct(header: list[str], name: str, column: str | None, notes: list[str]) -> list[str]:
-    counts = Counter(header)
-    doubled = sorted(cell for cell, count in counts.items() if count > 1)
-    bad = [
-        cell for cell in doubled if is_known_column(cell) or is_conversation_column(cell) or cell == column
-    ]
-    if bad:
-        raise InputError(
-            f"{name}: the header names {', '.join(bad)} more than once; expected different columns; "
-            "rename one"
-        )
-    if not doubled:
-        return header
-    if any(doubled):
-        named = _shown(list(filter(None, doubled)))
-        notes.append(f"the header names {named} more than once; the later ones are numbered")
-    seen: Counter[str] = Counter()
-    distinct = []
-    for cell in header:
-        seen[cell] += 1
-        distinct.append(cell if seen[cell] == 1 else f"{cell} ({seen[cell]})")
-    return distinct
+def _below_preface(
+    text: str, cells: "Cells", name: str, column: str | None, notes: list[str]
+) -> tuple["Cells", list[str]] | None:
+    """The table whose header stands below a title or comments; None where no row near the top is a header."""
+    if column is not None and column.isdecimal():
+        return None
+    for delimiter in dict.fromkeys((cells.delimiter, "\t", ";", ",", "|")):
+        tried = Cells(text, delimiter, name)
+        for _ in range(_PREFACE):
+            header, above = tried.header(), tried.row - 1
+            if not header:
+                break
+            if above and _is_header(header, column):
+                notes.append(f"left out {numbered(above, 'row')} above the header ({', '.join(header)[:80]})")
+                return tried, header
+    return None
 
 
-def _dicts(header: list[str], cells: "Cells", notes: list[str]) -> Iterator[Row]:
+_PREFACE = 20
+"""Rows in which a header is looked for."""
+
+
+def _may_be_header(names: Sequence[str]) -> bool:
+    return any(is_known_column(cell) or is_conversation_column(cell) for cell in names)
+
+
+def _is_header(names: Sequence[str], column: str | None) -> bool:
+    """Whether a row can be nothing but names of columns, the prompt's among them."""
+    named = [cell for cell in names if cell]
+    return (
+        (_may_be_header(named) or column in named)
+        and all(map(_COLUMN_NAME.fullmatch, named))
+        and len(set(named)) == len(named)
+    )
+
+
+_RULE = re.compile(r"[\s|:+=-]*--[\s|:+=-]*")
+"""A line under the header of a table as text."""
+
+
+def _stripped(row: Iterable[str]) -> list[str]:
+    return [cell.strip() for cell in row]
+
+
+def _has_row_numbers(row: list[str], header: list[str]) -> bool:
+    """Whether a first row has a cell more than the header, a number before its prompt, as R writes it."""
+    beyond = len(row) == len(header) + 1 and bool(row[-1].strip())
+    return beyond and is_known_column(header[0]) and row[0].strip() in ("0", "1")
+
+
+def _dicts(
+    header: list[str], cells: "Cells", name: str, column: str | None, notes: list[str]
+) -> Iterator[Row]:
     short = whole = again = 0
+    ruled, known = False, set(cells.names)
     for row in cells:
-        if len(row) == len(header) and [cell.strip() for cell in row] == cells.names:
+        if _RULE.fullmatch("".join(row)) and (ruled or cells.is_first):
+            ruled = True
+            continue
+        row = _stripped(row) if ruled else row
+        if len(row) == len(header) and _stripped(row) == cells.names:
             again += 1
+            continue
+        if len(row) > 1 and not known.isdisjoint(row) and _is_header(names := _stripped(row), column):
+            notes.append(
+                f"row {cells.row} is a header of its own ({', '.join(names)[:80]}), as where tables were "
+                "joined; read so"
+            )
+            cells.rename(names)
+            header, known = distinct(names, name, column, notes), set(names)
             continue
         if len(row) < 2 and not any(cell.strip() for cell in row):
             continue
+        if cells.is_first and _has_row_numbers(row, header):
+            header = ["", *header]
+            notes.append("rows begin with a number that the header does not name; read so")
         if len(row) > len(header) and any(cell.strip() for cell in row[len(header) :]):
             if len(header) > 1 or not cells.plain:
                 yield Unread(
@@ -553,6 +374,8 @@ def _dicts(header: list[str], cells: "Cells", notes: list[str]) -> Iterator[Row]
         short += len(row) < len(header)
         yield dict(zip(header, row, strict=False))
     notes += cells.notes()
+    if ruled:
+        notes.append("lines that rule the table, and spaces around its cells, are left out")
     if again:
         notes.append(f"left out {numbered(again, 'row that repeats', 'rows that repeat')} the header")
     if short:
@@ -584,7 +407,7 @@ class Cells:
         self._lines = _rows_of_text(text)
         self._back: list[str] = []
         self._taken: list[str] = []
-        self.row, self._line, self._width = 0, 0, 0
+        self.row, self._line, self._width, self._first = 0, 0, 0, 0
         self._loose = self._escaped = self._swallowed = 0
         self._spaced = False
         self.names: list[str] = []
@@ -594,9 +417,19 @@ class Cells:
     def header(self) -> list[str]:
         """The first row that is not blank, its cells without outer spaces."""
         row = next((row for row in self if any(cell.strip() for cell in row)), [])
-        self._width, self.names = len(row), [cell.strip() for cell in row]
+        self.rename(_stripped(row))
+        self._first = self.row + 1
         self._spaced = self._quotes_behind_spaces and all(cell.startswith(" ") for cell in row[1:])
         return self.names
+
+    def rename(self, names: list[str]) -> None:
+        """The cells of another header."""
+        self._width, self.names = len(names), names
+
+    @property
+    def is_first(self) -> bool:
+        """Whether the last row is the one below the header."""
+        return self.row == self._first
 
     def notes(self) -> list[str]:
         """A line for each thing that was repaired."""

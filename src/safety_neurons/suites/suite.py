@@ -29,7 +29,8 @@ from safety_neurons.prompt_lists.columns import CONVERSATION_COLUMNS, PROMPT_COL
 from safety_neurons.prompt_lists.labels import asks_for
 from safety_neurons.prompt_lists.readers import file_format, list_kind, read_text
 from safety_neurons.prompt_lists.records import label_word
-from safety_neurons.prompt_lists.rows import COMPLIES, prompts_of
+from safety_neurons.prompt_lists.rows import prompts_of
+from safety_neurons.prompt_lists.suspicions import COMPLIES
 from safety_neurons.prompt_lists.tables import parse_rows, readable
 from safety_neurons.suites.catalogue import (
     KINDS,
@@ -319,17 +320,16 @@ def _prompts(
     targets = {row["row"]: row.pop("target") for row in rows if "target" in row}
     column = next(iter(rows[0])) if rows else "prompt"
     own: list[str] = []
-    read = prompts_of(rows, str(source.path), column, None, own)
+    told = [row for row in rows if not (entry.withheld and str(row[column]).strip() == entry.withheld)]
+    read = prompts_of(told, str(source.path), column, None, own) if told or not rows else []
     notes += [note if not language else f"{language}: {note}" for note in own]
     kinds = {label_word(word): kind for word, kind in entry.kinds.items()}
     finished: list[Prompt] = []
-    left: Counter[str] = Counter()
+    left = +Counter({f"hold {entry.withheld!r} in the place of a text": len(rows) - len(told)})
     for prompt in read:
         row = rows[prompt.meta["row"]]
         label = label_word(row.get("kind"))
-        if entry.withheld and prompt.text.strip() == entry.withheld:
-            left[f"hold {entry.withheld!r} in the place of a text"] += 1
-        elif kinds and label not in kinds:
+        if kinds and label not in kinds:
             said = f"say {label!r}" if label else "say nothing"
             left[f"{said} where {' or '.join(entry.kinds)} was expected"] += 1
         else:
@@ -413,6 +413,8 @@ def _is_of(prompt: Prompt, wanted: Wanted) -> bool:
 
 
 HUB, BUILTIN = "hub:", "builtin:"
+
+
 @dataclass(frozen=True)
 class Suite:
     """Prompts to evaluate on, and what is to be expected of their answers.
