@@ -277,3 +277,66 @@ def test_a_byte_order_mark_is_no_part_of_a_printed_dictionary(tmp_path):
     path = five(tmp_path, up="{0: {1}}", down="{}")
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     assert foreign.read_sn_tune(path, TABLE).counts() == {"layers.0.up": 1}
+
+
+UP = "model.layers.0.mlp.up_proj"
+
+
+def test_matrices_of_two_numbers_are_masks_or_refused():
+    draws = np.random.default_rng(0).random((48, 32))
+    mask = draws > 0.95
+    wanted = foreign.weight_scores({UP: mask}, None, TABLE)
+    for other in (mask * 0.5, (mask * 255).astype(np.uint8), mask * -1.0):
+        assert foreign.weight_scores({UP: other}, None, TABLE) == wanted
+        assert not foreign.weight_scores({UP: mask}, {UP: other}, TABLE)["layers.0.up"].any()
+    for wrong in (np.where(mask, 1, -1), np.full(mask.shape, 0.3)):
+        with pytest.raises(NeuronError, match="holds"):
+            foreign.weight_scores({UP: wrong}, None, TABLE)
+    assert wanted.notes == ("the file names 1 layer of 2",)
+    assert "marks 95% of the weights" in foreign.weight_scores({UP: ~mask}, None, TABLE).notes[-1]
+
+
+def test_among_equal_numbers_their_place_chooses_none():
+    draws = np.random.default_rng(0).random((48, 32))
+    few = np.where(draws > 0.99, draws, 0.0)  # fewer than the share: what is 0 is never among the largest
+    found = foreign.weight_scores({UP: few}, None, TABLE)["layers.0.up"]
+    np.testing.assert_allclose(found, (few > 0).mean(1), atol=1e-6)
+    with pytest.raises(NeuronError, match="holds 3 .* times, and the 5.00% that count are 77"):
+        foreign.weight_scores({UP: np.floor(draws * 4)}, None, TABLE)
+    rounded = draws.astype(np.float16)  # a few equal numbers at the cut are no matter
+    assert foreign.weight_scores({UP: rounded}, None, TABLE)["layers.0.up"].any()
+
+
+def test_what_is_left_out_of_a_file_is_said():
+    draws = np.random.default_rng(0).random((48, 32))
+    others = {
+        "model.layers.0.self_attn.qkv_proj": draws,
+        "mtp.layers.0.mlp.up_proj": draws,
+        "model.norm": draws[0],
+    }
+    found = foreign.weight_scores({UP: draws, **others}, {UP: draws, "lm_head": draws}, TABLE)
+    assert found.notes[0].startswith("left out 4 tensors of other kinds (lm_head, ")
+    with pytest.raises(NeuronError, match="expected one matrix"):
+        foreign.weight_scores({UP: draws.ravel()}, None, TABLE)
+    probe = foreign.probe_scores({UP: draws[:, 0], "audio_tower.layers.0.self_attn.q_proj": draws[0]}, TABLE)
+    assert list(probe) == ["layers.0.up"]
+    assert probe.notes[0].startswith("left out 1 tensor of other kinds (audio_tower")
+
+
+def test_masks_in_the_place_of_indices_or_weights_are_refused(tmp_path):
+    mask = np.arange(48) % 5 == 0
+    with pytest.raises(NeuronError, match="48 numbers that are all 0 or 1, as a mask"):
+        foreign.read_sn_tune(five(tmp_path, up=f"{{0: {mask.astype(int).tolist()}}}"), TABLE)
+    for weights in (mask, mask.tolist(), np.where(mask, 1.0, -1.0)):
+        with pytest.raises(NeuronError, match="two numbers alone"):
+            foreign.probe_scores({UP: weights}, TABLE)
+
+
+def test_counting_from_one_is_named_where_it_shows(tmp_path):
+    from_one = {"up": "{1: {3}, 2: {5}}", "down": "{2: {4}}"}
+    with pytest.raises(ForeignModelError, match="or counts layers from 1"):
+        foreign.read_sn_tune(five(tmp_path, **from_one), TABLE)
+    with pytest.raises(ForeignModelError, match="or counts indices from 1"):
+        foreign.read_sn_tune(five(tmp_path, up="{0: {1, 48}}"), TABLE)
+    with pytest.raises(ForeignModelError, match="another model's$"):
+        foreign.read_sn_tune(five(tmp_path, up="{0: {0, 48}}"), TABLE)

@@ -121,6 +121,7 @@ def import_neurons(session: Session, source: ForeignFile, kept: Kept) -> dict[st
 
         loaded = session.model(source.model)
         read = _foreign(source, loaded.table)
+        session.notes.extend(read.notes)
         result: dict[str, Any] = {"format": source.form}
         if source.form == "sn-tune":
             chosen = read

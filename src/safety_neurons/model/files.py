@@ -391,15 +391,11 @@ def read_named(path: str | pathlib.Path) -> dict[str, Any]:
 
 
 def read_weights(path: str | pathlib.Path) -> dict[str, np.ndarray]:
-    """Importances or masks of single weights by projection, from a file of named matrices.
+    """Importances or masks of single weights by projection, from a file of named tensors.
 
     Errors as for `read_named`.
     """
-    return {
-        name: values
-        for name, values in read_named(path).items()
-        if isinstance(values, np.ndarray) and values.ndim == 2
-    }
+    return {name: values for name, values in read_named(path).items() if isinstance(values, np.ndarray)}
 
 
 class _Arrays:

@@ -4,7 +4,7 @@ other tools.
 
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,19 @@ _TOKEN = re.compile(
 _PROJECTION = re.compile(
     r"(?:^|\.)layers\.(\d{1,6})\.(?:self_attn|mlp)\.(q|k|v|o|gate|up|down|gate_up)_proj(?:\.weight)?$"
 )
-_VISION = ("vision", "visual", "image")
+_OTHER_PARTS = (
+    "vision",
+    "visual",
+    "image",
+    "audio",
+    "speech",
+    "encoder",
+    "mtp",
+    "draft",
+    "talker",
+    "code2wav",
+)
+"""In the names of what has layers and is not the decoder: it sees, hears, drafts or speaks."""
 
 
 # SN-Tune
@@ -132,6 +144,11 @@ class _Printed:
             indices.append(self._number())
             self._comma(closing)
         self.place += 1
+        if len(indices) > 2 and set(indices) <= {0, 1}:
+            raise NeuronError(
+                f"{self.name}: {len(indices)} numbers that are all 0 or 1, as a mask has; expected indices: "
+                "store the places of the ones"
+            )
         return indices
 
     def _peek(self) -> int | str:
@@ -215,9 +232,11 @@ def probe_scores(content: Any, table: SiteTable, path: str | pathlib.Path = "") 
     if not isinstance(content, Mapping) or not content:
         raise NeuronError(f"{str(path)!r} is not a mapping of module names to probe weights")
     by_key: dict[str, np.ndarray] = {}
+    left = []
     for name, weights in content.items():
         match = _projection(name)
         if match is None:
+            left.append(name)
             continue
         values = _vector(weights, name, path)
         spread = values.std()
@@ -237,20 +256,28 @@ def probe_scores(content: Any, table: SiteTable, path: str | pathlib.Path = "") 
         raise NeuronError(
             f"{str(path)!r} names no projection of a decoder layer (first: {str(next(iter(content)))[:60]!r})"
         )
-    return _scores(
-        by_key,
-        table,
-        "probe-weights",
-        path,
-        {"sites": sorted({parse_key(key).site for key in by_key}, key=SITES.index)},
-    )
+    sites = sorted({parse_key(key).site for key in by_key}, key=SITES.index)
+    scores = _scores(by_key, table, "probe-weights", path, {"sites": sites})
+    scores.notes = _left_out(left, by_key, table)
+    return scores
 
 
 def _projection(name: Any) -> re.Match[str] | None:
     """The layer and projection of a decoder in a module's name; None for a module of another kind."""
-    if not isinstance(name, str) or any(word in name for word in _VISION):
+    if not isinstance(name, str) or any(word in name for word in _OTHER_PARTS):
         return None
     return _PROJECTION.search(name)
+
+
+def _left_out(names: Sequence[Any], by_key: Mapping[str, Any], table: SiteTable) -> tuple[str, ...]:
+    """A line on what was not taken of a file, and on layers that it does not name."""
+    layers = len({parse_key(key).layer for key in by_key})
+    shown = ", ".join(map(str, names))[:60]
+    lines = (
+        (names, f"left out {numbered(len(names), 'tensor')} of other kinds ({shown})"),
+        (layers < table.n_layers, f"the file names {numbered(layers, 'layer')} of {table.n_layers}"),
+    )
+    return tuple(line for said, line in lines if said)
 
 
 def _vector(weights: Any, name: str, path: str | pathlib.Path) -> np.ndarray:
@@ -266,9 +293,15 @@ def _vector(weights: Any, name: str, path: str | pathlib.Path) -> np.ndarray:
             f"{str(path)!r} holds {type(weights).__name__} for {name[:80]!r}; expected one weight a neuron"
         )
     try:
-        return np.asarray(weights, dtype=np.float64).ravel()
+        values = np.asarray(weights, dtype=np.float64).ravel()
     except OverflowError:
         raise NeuronError(f"{str(path)!r} holds a number for {name[:80]!r} that no float can hold") from None
+    if len(values) > 2 and len(np.unique(values)) == 2:
+        raise NeuronError(
+            f"{str(path)!r} holds two numbers alone for {name[:80]!r}, as a mask does; expected one weight a "
+            "neuron"
+        )
+    return values
 
 
 # Importances or masks of weights
@@ -287,7 +320,7 @@ def weight_scores(
 
     Args:
         safety: `[out, in]` per projection (`model.layers.3.mlp.up_proj`); numbers, or a mask (bools, or 0 and
-            1 alone), which is taken as it is.
+            one other number alone), which is taken as it is.
         utility: the same on other text, whose largest are taken away; None for none.
         table: of the model.
         shares: of the weights of a matrix that count as important for safety and for utility.
@@ -295,12 +328,16 @@ def weight_scores(
 
     Raises:
         ForeignModelError: other sizes than the model's.
-        NeuronError: a projection is not a matrix, comes twice, holds NaN, or is missing in `utility`.
+        NeuronError: a projection is not a matrix, comes twice, holds NaN, or is missing in `utility`; or its
+            numbers do not tell which are the largest.
     """
     by_key: dict[str, np.ndarray] = {}
+    left = [name for name in utility or {} if name not in safety]
+    marked: list[float] = []
     for name, values in safety.items():
         match = _projection(name)
         if match is None or match[2] == "gate_up":
+            left.append(name)
             continue
         key = f"layers.{match[1]}.{match[2]}"
         other = None if utility is None else utility.get(name)
@@ -323,19 +360,59 @@ def weight_scores(
             )
         if other is not None and not other.any():
             other = None  # Of nothing but zeros, mask or numbers, nothing is taken away.
-        masks = [bool(np.isin(one, (0, 1)).all()) for one in (values, other) if one is not None]
-        if len(set(masks)) > 1 and values.any():
+        masks = [_as_mask(one, name) for one in (values, other) if one is not None]
+        if len({mask is None for mask in masks}) > 1 and values.any():
             raise NeuronError(
                 f"{name[:80]!r} is a mask in one of the files and numbers in the other; expected either"
             )
-        if masks[0]:
-            kept = values.astype(bool)
-            by_key[key] = (kept if other is None else kept & ~other.astype(bool)).mean(1)
+        if masks[0] is not None:
+            marked.append(float(masks[0].mean()))
+            by_key[key] = (masks[0] if other is None else masks[0] & (other == 0)).mean(1)
         else:
+            _check_told_apart(values, shares[0], name)
             by_key[key] = kept_share(values, other, len(values), *shares)
     if not by_key:
         raise NeuronError(f"{str(path)!r} names no projection of a decoder layer")
-    return _scores(by_key, table, "weights", path, {"safety": shares[0], "utility": shares[1]})
+    scores = _scores(by_key, table, "weights", path, {"safety": shares[0], "utility": shares[1]})
+    scores.notes = _left_out(left, by_key, table)
+    if marked and np.mean(marked) > 0.5:
+        scores.notes += (
+            f"the mask marks {np.mean(marked):.0%} of the weights; if it marks those that are not safety's, "
+            "invert it",
+        )
+    return scores
+
+
+def _as_mask(values: np.ndarray, name: str) -> np.ndarray | None:
+    """Which weights a matrix of 0 and one other number marks; None for one of numbers.
+
+    Raises:
+        NeuronError: one number everywhere, or two and none of them 0, which may mean either.
+    """
+    least, most = values.min(), values.max()
+    if not np.isin(values, (least, most)).all():
+        return None
+    if least == most != 0 and most != 1:
+        raise NeuronError(
+            f"{name[:80]!r} holds {most:.4g} everywhere; expected numbers that differ, or a mask"
+        )
+    if least != 0 and most != 0 and least != most:
+        raise NeuronError(
+            f"{name[:80]!r} holds {least:.4g} and {most:.4g} alone, as a mask does; expected 0 and 1"
+        )
+    return np.asarray(values != 0)
+
+
+def _check_told_apart(values: np.ndarray, share: float, name: str) -> None:
+    """Refuses numbers of which so many are equal at the cut that their order in the file would choose."""
+    count = max(1, round(share * values.size))
+    cut = np.partition(values.ravel(), values.size - count)[values.size - count]
+    equal = int((values == cut).sum())
+    if equal > 2 * count and cut > values.min():
+        raise NeuronError(
+            f"{name[:80]!r} holds {cut:.4g} {equal:,} times, and the {share:.2%} that count are {count:,}; "
+            "expected numbers that tell weights apart, or a mask"
+        )
 
 
 # Names in other tools
@@ -395,6 +472,16 @@ def _text(path: str | pathlib.Path) -> str:
     return text
 
 
+def _has_0(indices: Sequence[int]) -> bool:
+    return 0 in indices
+
+
+def _counted_from_1(keys: Iterable[str], table: SiteTable) -> str:
+    """What to add of layers that begin at 1 and end one behind the last."""
+    layers = [parse_key(key).layer for key in keys]
+    return ", or counts layers from 1" if min(layers) == 1 and max(layers) == table.n_layers else ""
+
+
 def _checked(
     members: Mapping[str, Sequence[int]],
     table: SiteTable,
@@ -405,9 +492,13 @@ def _checked(
     for key, indices in members.items():
         if key not in table or max(indices) >= table[key].size:
             has = f"{table[key].size} neurons" if key in table else "no such matrix"
+            by_one = (
+                key in table and max(indices) == table[key].size and not any(map(_has_0, members.values()))
+            )
+            hint = ", or counts indices from 1" if by_one else _counted_from_1(members, table)
             raise ForeignModelError(
                 f"{str(path)!r} has index {max(indices)} of {key}, and the model has {has}; it is "
-                "another model's"
+                f"another model's{hint}"
             )
     origin = Provenance(
         kind="neurons",
@@ -432,7 +523,7 @@ def _scores(
             has = f"{table[key].size} neurons" if key in table else "no such matrix"
             raise ForeignModelError(
                 f"{str(path)!r} has {len(row)} scores of {key}, and the model has {has}; it is another "
-                "model's"
+                f"model's{_counted_from_1(values, table)}"
             )
         if not np.isfinite(row).all():
             raise NeuronError(f"{str(path)!r} holds NaN or infinity for {key}")

@@ -571,6 +571,12 @@ def kept_share(
 
 
 def _largest(values: np.ndarray, share: float) -> np.ndarray:
+    """Which of the numbers are the largest; of those that are the smallest none, unless all of them are."""
+    order = np.argsort(-values.ravel(), kind="stable")
+    count = max(1, round(share * values.size))
     chosen = np.zeros(values.size, bool)
-    chosen[np.argsort(-values.ravel(), kind="stable")[: max(1, round(share * values.size))]] = True
+    chosen[order[:count]] = True
+    least = values.ravel()[order[-1]]
+    if count < values.size and values.ravel()[order[count - 1]] == least:
+        chosen &= values.ravel() > least  # As of weights without a gradient: which of them would be chance.
     return chosen
