@@ -6,9 +6,11 @@ import copy
 import dataclasses
 import json
 import re
+from collections import Counter
 
 import pytest
 from markupsafe import Markup
+from rich.cells import cell_len
 
 import guard_runs
 import report_runs
@@ -344,6 +346,28 @@ def test_a_narrow_terminal_folds_words_and_sets_columns_below_and_cuts_nothing(
         effect = row["causal_effect"]
         cell = f"{effect['value']:.2f} [{effect['low']:.2f}, {effect['high']:.2f}]"
         assert any(row["method"] in line and cell in line for piece in lines for line in piece.splitlines())
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        ["p8.jsonl", "over-refusal", "strings-advbench-1", "0.00 [0.00, 0.14]", 24, 0, 12],
+        ["类别 日本語のとても長い名前", "وصف", "👩‍👩‍👧‍👦 x", "1.00 [0.86, 1.00]", 1234567, 3, 7],
+    ],
+)
+def test_no_width_of_a_terminal_takes_a_cell_off_a_table(capsys, monkeypatch, row):
+    """Eighty columns are one of the widths at which a header can be folded and its column had no room."""
+    columns = ["suite", "measure", "judge", "untreated", "n", "unscored", "cut off"]
+    whole = [f"{cell:,}" for cell in row if isinstance(cell, int)] + [row[3]]
+    letters = Counter("".join([*columns, *map(str, row)]))
+    del letters[" "]
+    for width in range(29, 131, 3):
+        monkeypatch.setenv("COLUMNS", str(width))
+        console.print_table("a title", columns, [row])
+        out = capsys.readouterr().out
+        assert max(map(cell_len, out.splitlines())) <= width
+        assert [cell for cell in whole if not re.search(rf"(?<!\S){re.escape(cell)}(?!\S)", out)] == []
+        assert letters - Counter(out) == Counter(), width
 
 
 def test_what_a_page_folds_is_printed_where_it_is_short_and_named_where_it_is_long(runs, capsys):

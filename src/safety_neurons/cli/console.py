@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from safety_neurons import strict_json
 
@@ -42,6 +42,8 @@ SHORT = 24
 """Rows of a table that a page folds and a terminal still prints."""
 FOLDED = 24
 """Width down to which words are folded where a table is too wide."""
+SPARED = 8
+"""Width down to which words are folded anywhere before a number is."""
 Report = Callable[[int, int, int], None]
 """Told the prompts done, all prompts, and the tokens done so far."""
 Part = str | tuple[str, object]
@@ -297,22 +299,27 @@ def print_table(
     from rich.table import Table
 
     cells = [[_cell(cell) for cell in row] for row in rows]
+    headers = [styled(column) for column in columns]
     words = [
         number == 0 or any(row[number].plain[:1].isalpha() for row in cells) for number in range(len(columns))
     ]
+    room = _Room(
+        [[header, *(row[number] for row in cells)] for number, header in enumerate(headers)],
+        words,
+        out().width,
+    )
     sentence(("bold", title))
-    for place, piece in enumerate(_pieces(columns, cells, words)):
+    for place, piece in enumerate(room.pieces()):
         if place:
             say()
         table = Table(box=None, pad_edge=False)
-        for number in piece:
-            justify: Literal["left", "right"] = "left" if words[number] else "right"
+        for number, width in room.shared(piece).items():
             table.add_column(
-                styled(columns[number]),
-                justify=justify,
+                headers[number],
+                justify="left" if words[number] else "right",
                 header_style=f"bold {ACCENT}",
                 overflow="fold",
-                min_width=_longest_word(cells, number) if words[number] else None,
+                width=width,
             )
         for place, row in enumerate(cells):
             table.add_row(*(row[number] for number in piece), style="dim" if place in quiet else None)
@@ -321,33 +328,66 @@ def print_table(
         sentence(("dim", caption))
 
 
-def _pieces(
-    columns: Sequence[str], cells: Sequence[Sequence["Text"]], words: Sequence[bool]
-) -> list[list[int]]:
-    """Numbers of the columns that stand side by side: numbers are never folded, words and headers between
-    words.
+class _Room:
+    """How wide the columns of a table are: numbers are never folded, words and headers between words.
+
+    Widths are cells of the terminal; between two columns are `GAP`. All are set here, since a table that sets
+    its own gives columns of names more than there is, and cuts off what then has no room.
+
+    Args:
+        columns: their texts, the header first.
+        words: which of them hold words.
+        width: of the terminal.
     """
-    width = out().width
-    least = []
-    for number, column in enumerate(columns):
-        widest = max((row[number].cell_len for row in cells), default=0)
-        if words[number]:
-            widest = max(min(widest, FOLDED), _longest_word(cells, number))
-        least.append(2 + max([widest, *map(len, seen(column).split())]))
-    pieces = [[0]]
-    for number in range(1, len(columns)):
-        if len(pieces[-1]) > 1 and sum(least[one] for one in (*pieces[-1], number)) > width + 2:
-            pieces.append([0])
-        pieces[-1].append(number)
-    return pieces
+
+    GAP = 2
+
+    def __init__(self, columns: Sequence[Sequence["Text"]], words: Sequence[bool], width: int) -> None:
+        self.words, self.width = words, width
+        self.whole = [max(text.cell_len for text in texts) for texts in columns]
+        self.least = []
+        for (header, *cells), folds in zip(columns, words, strict=True):
+            widest = max((cell.cell_len for cell in cells), default=0)
+            if folds:
+                # Names are copied from tables, but paths and hashes have no end.
+                name = min(max(map(_longest_word, cells), default=0), width // 2)
+                widest = max(min(widest, FOLDED), name)
+            self.least.append(max(1, widest, _longest_word(header)))
+
+    def pieces(self) -> list[list[int]]:
+        """Numbers of the columns that stand side by side, the first of all in every piece."""
+        pieces = [[0]]
+        for number in range(1, len(self.least)):
+            if len(pieces[-1]) > 1 and self._left([*pieces[-1], number]) < 0:
+                pieces.append([0])
+            pieces[-1].append(number)
+        return pieces
+
+    def shared(self, piece: Sequence[int]) -> dict[int, int]:
+        """Width of every column of a piece: what it needs, then what makes most of them whole.
+
+        Of two columns that are too wide side by side, the words are folded anywhere, then the numbers.
+        """
+        left = self._left(piece)
+        widths = {number: self.least[number] for number in piece}
+        for number in sorted(piece, key=lambda one: self.whole[one] - self.least[one]):
+            more = min(max(left, 0), self.whole[number] - self.least[number])
+            widths[number] += more
+            left -= more
+        while left < 0 and max(widths.values()) > 1:
+            widest = max(piece, key=lambda one: (self.words[one] and widths[one] > SPARED, widths[one]))
+            widths[widest] -= 1
+            left += 1
+        return widths
+
+    def _left(self, piece: Sequence[int]) -> int:
+        return self.width - self.GAP * (len(piece) - 1) - sum(self.least[number] for number in piece)
 
 
-def _longest_word(cells: Sequence[Sequence["Text"]], number: int) -> int:
-    """Width of the longest word of a column, since names are copied from tables; of half the terminal
-    at most, since paths and hashes have no end.
-    """
-    longest = max((len(word) for row in cells for word in row[number].plain.split()), default=0)
-    return min(longest, out().width // 2)
+def _longest_word(text: "Text") -> int:
+    from rich.cells import cell_len
+
+    return max(map(cell_len, text.plain.split()), default=0)
 
 
 def _cell(value: object) -> "Text":
