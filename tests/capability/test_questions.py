@@ -297,6 +297,8 @@ def test_a_table_that_is_there_twice_is_refused(tmp_path):
         ),
         ("wiki.jsonl", b'{"text": "a"}\n', "a file of records; expected running text"),
         ("wiki.csv.gz", b"text\na\n", "a file of records"),
+        ("wiki.txt", b'{"text": "a"}\n{"text": "b"}\n', "a file of records"),
+        ("table.txt", b"id\ttext\n1\ta\n", "a file of records"),
         ("wiki.txt", b"a\0b", "NUL byte"),
         ("wiki.txt", b"", "empty"),
     ],

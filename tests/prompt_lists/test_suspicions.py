@@ -15,7 +15,11 @@ SAID = {
     "names of YAML": (["- prompt: a", "  label: 1", "- prompt: b", "  label: 0"], "(prompt:, label:)"),
     "a list of Python": (["['How?', 'Why?']"], "1 prompt is a record or a list as text"),
     "records": (['{"prompt": "How?", "label": 1}'], "1 prompt is a record or a list as text"),
-    "missing": (["#N/A", "\\N", "-"], "3 prompts say what programs write for a missing value"),
+    "missing": (["#N/A", "\\N", "nil"], "3 prompts say what programs write for a missing value"),
+    "no words": (["...", "–", "?!"], "3 prompts hold no letter and no digit"),
+    "signs for control": (["a\x00b"], "1 text holds what a wrong decoding leaves"),
+    "both sides": (["Human: a\nAssistant: b"], "1 prompt holds both sides of a conversation"),
+    "both sides in one line": (["### Human: a### Assistant: b"], "holds both sides of a conversation"),
     "withheld": (["[removed]", "REDACTED"], "2 prompts say that a text was withheld"),
     "UTF-8 read as Western": (
         ["KÃ¤se", "donâ€™t", "Â£5", "schÃ¶n"],
@@ -63,3 +67,15 @@ def test_marks_in_answers_and_answers_not_to_give_are_said():
         "1 answer is marked false or not safe by the row; kept",
         "1 answer holds marks of a chat template",
     ]
+
+
+def test_answers_of_one_letter_and_rows_of_several_parts_are_said():
+    rows = [{"question": "a", "answer": "B", "split": part} for part in ("train", "test", "train")]
+    assert [note.partition(" one letter")[0] for note in prompts(rows).notes[1:]] == [
+        "3 answers are",
+        "rows of 2 parts of a data set are read together (train 2, test 1)",
+    ]
+    one = [
+        {**row, "split": "dev", "answer": "Bee", "question": f"q{place}"} for place, row in enumerate(rows)
+    ]
+    assert prompts(one).notes == []

@@ -154,6 +154,27 @@ LISTS = {
 }
 
 
+LISTS |= {
+    "a first page": (
+        {"data": [{"prompt": "How?"}], "total": 100, "has_more": True},
+        [("How?", None)],
+        "the file says total 100 and holds 1 record",
+    ),
+    "another count": (
+        {"metadata": {"count": 2}, "examples": [{"input": "How?", "output": "So"}]},
+        [("How?", "So")],
+        "the file says metadata.count 2 and holds 1 record",
+    ),
+    "a cursor": ({"results": [{"prompt": "How?"}], "next": "x"}, [("How?", None)], "('next' names more)"),
+    "its own count": ({"n": 1, "items": [{"prompt": "How?"}], "next": None}, [("How?", None)], None),
+    "kinds and parts": (
+        {"harmful": {"train": ["a"], "test": ["b"]}, "harmless": {"train": ["c"]}},
+        [("a", None), ("b", None), ("c", None)],
+        "3 lists of prompts are read one after the other, and their names as categories: harmful/train,",
+    ),
+}
+
+
 @pytest.mark.parametrize("case", LISTS)
 def test_json_of_other_shapes_is_read_right_and_what_is_left_is_said(tmp_path, case):
     content, wanted, note = LISTS[case]
@@ -203,6 +224,12 @@ def test_earlier_turns_of_a_row_come_before_its_request(history):
     assert [turn.content for turn in found.turns] == ["s", "a", "b", "c", "d", "e\n\nf"]
     assert [turn.role for turn in found.turns] == ["system", *["user", "assistant"] * 2, "user"]
     assert (found.text, found.answer) == ("e\n\nf", "g")
+
+
+@pytest.mark.parametrize("chosen", ["So", [{"role": "assistant", "content": "So"}]])
+def test_pairs_of_answers_without_their_request_are_refused_by_what_they_lack(chosen):
+    with pytest.raises(InputError, match="'chosen' holds an answer without its request"):
+        prompts([{"chosen": chosen, "rejected": chosen}])
 
 
 def test_what_is_no_history_is_left_aside():

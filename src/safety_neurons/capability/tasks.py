@@ -32,6 +32,7 @@ from safety_neurons.model import LanguageModel
 from safety_neurons.model.batches import BatchSize
 from safety_neurons.prompt_lists import prompts
 from safety_neurons.prompt_lists.readers import read_text
+from safety_neurons.prompt_lists.tables import has_header, is_json
 from safety_neurons.results import Rate, rate
 from safety_neurons.results.estimates import from_error
 
@@ -161,12 +162,14 @@ _RECORDS = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 
 def _document_texts(source: str) -> list[str]:
     path = pathlib.Path(source).expanduser()
-    if any(suffix.lower() in _RECORDS for suffix in path.suffixes):
+    named = any(suffix.lower() in _RECORDS for suffix in path.suffixes)
+    text = "" if named else read_text(path)[0]
+    if named or is_json(text) or has_header(text):
         raise InputError(
             f"{source}: a file of records; expected running text: name a .txt file, or perplexity:{source} "
             "for a text a record"
         )
-    return documents(read_text(path)[0])
+    return documents(text)
 
 
 INSTALL = "pip install 'safety-neurons[evaluate]'"

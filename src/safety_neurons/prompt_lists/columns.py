@@ -167,6 +167,8 @@ LISTS = (
 """Names under which a JSON object keeps its rows."""
 SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
 """What the parts of a data set are called."""
+SPLIT = re.compile(rf"(?:{'|'.join(SPLITS)})(?:[_\d].*)?")
+"""One of them, also with more behind it: `train_sft`."""
 
 _KNOWN = frozenset(name.casefold() for name in PROMPT_COLUMNS)
 

@@ -18,7 +18,7 @@ from safety_neurons.prompt_lists.columns import (
     GROUP_COLUMNS,
     LISTS,
     METADATA,
-    SPLITS,
+    SPLIT,
     columns_of,
     folded,
     is_conversation_column,
@@ -171,7 +171,31 @@ def _of_named_list(whole: Mapping[str, Any], name: str, notes: list[str]) -> Ite
     if inner is None or (beside and len(known) > 1 and folded(inner) not in _GENERAL):
         return None
     notes += [f"left out what stands beside the prompts: {_shown(beside)}"] if beside else []
+    notes += _miscounted(whole, len(whole[inner]))
     return as_rows(whole[inner])
+
+
+_COUNT = re.compile(r"n|num|total|count|size|length|(?:total|n|num)_\w+|\w+_(?:total|count)")
+
+
+def _miscounted(whole: Mapping[str, Any], length: int) -> list[str]:
+    """What an object says of the length of its list where that is another, as of a first page."""
+    about = [(whole, ""), *((one, f"{key}.") for key, one in whole.items() if folded(key) in METADATA)]
+    lines = [
+        f"the file says {above}{key} {value:,} and holds {numbered(length, 'record')}; is it whole?"
+        for one, above in about
+        if isinstance(one, Mapping)
+        for key, value in one.items()
+        if type(value) is int and value != length and _COUNT.fullmatch(folded(key))
+    ]
+    more = [key for key in whole if folded(key) in _MORE and whole[key]]
+    return lines + [
+        f"the file is a page of several ({key!r} names more); the others are not read" for key in more
+    ]
+
+
+_MORE = ("next", "next_page", "next_cursor", "has_more", "has_next")
+"""What servers of lists say where there is more."""
 
 
 _GENERAL = ("prompts", "examples", "rows", "data", "samples")
@@ -216,11 +240,8 @@ def _refuse_parts(whole: Mapping[str, Any], name: str) -> None:
     parts = [
         key for key, value in whole.items() if isinstance(value, list | dict) and folded(key) not in METADATA
     ]
-    if len(parts) > 1 and all(_SPLIT.fullmatch(folded(part)) for part in parts):
+    if len(parts) > 1 and all(SPLIT.fullmatch(folded(part)) for part in parts):
         raise parts_of(name, parts)
-
-
-_SPLIT = re.compile(rf"(?:{'|'.join(SPLITS)})(?:[_\d].*)?")
 
 
 def parts_of(name: str, parts: Sequence[str]) -> InputError:
@@ -285,7 +306,13 @@ _OF_FAULT = {"code", "status", "status_code", "statuscode", "type", "title", "pa
 """What servers call an error, and what they say beside it."""
 
 
-def _by_category(whole: Mapping[str, Any], name: str, notes: list[str], above: str = "") -> list[Row]:
+def _by_category(
+    whole: Mapping[str, Any],
+    name: str,
+    notes: list[str],
+    above: str = "",
+    named: list[str] | None = None,
+) -> list[Row]:
     """Rows of `{"fraud": ["…"], "weapons": {"guns": ["…"]}}`; the path of keys is the category.
 
     Texts are prompts where the object holds nothing but texts; beside lists they say something about the
@@ -293,6 +320,7 @@ def _by_category(whole: Mapping[str, Any], name: str, notes: list[str], above: s
     """
     rows: list[Row] = []
     left: list[str] = []
+    named = [] if named is None else named
     lists = any(isinstance(value, list | dict) for value in whole.values())
     if not lists and set(map(folded, whole)) & _FAULT and set(map(folded, whole)) <= _FAULT | _OF_FAULT:
         raise InputError(
@@ -304,15 +332,15 @@ def _by_category(whole: Mapping[str, Any], name: str, notes: list[str], above: s
         if folded(key) in METADATA or (lists and not isinstance(value, list | dict)):
             left.append(str(key))
         elif isinstance(value, list):
-            rows += [
-                row if isinstance(row, Unread) else {"category": category, **row} for row in as_rows(value)
-            ]
+            named.append(category)
+            told = {} if folded(key) in LISTS or is_conversation_column(key) else {"category": category}
+            rows += [row if isinstance(row, Unread) else {**told, **row} for row in as_rows(value)]
         elif isinstance(value, dict) and any(
             is_known_column(inner) or is_conversation_column(inner) for inner in value
         ):
             rows.append({"id": category, **value})
         elif isinstance(value, dict):
-            rows += _by_category(value, name, notes, category)
+            rows += _by_category(value, name, notes, category, named)
         elif isinstance(value, str):
             rows.append({"id": category, "text": value})
         else:
@@ -326,8 +354,7 @@ def _by_category(whole: Mapping[str, Any], name: str, notes: list[str], above: s
             "expected a list of records; put the prompts in a list"
         )
     notes += [f"left out what stands beside the prompts: {_shown(left)}"] if left else []
-    named = [str(key) for key, value in whole.items() if isinstance(value, list) and str(key) not in left]
-    if len(named) > 1:
+    if len(named) > 1 and not above:
         notes.append(
             f"{numbered(len(named), 'list')} of prompts are read one after the other, and their names as "
             f"categories: {_shown(named)}"

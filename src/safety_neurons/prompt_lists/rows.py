@@ -249,10 +249,11 @@ class _RowReader:
             except (_Unusable, UnreadableTurnError) as error:
                 why = why or error
                 continue
-            if turns:
+            if turns and (column not in plan.pair or column in plan.prompt or turns[0].role != "assistant"):
                 if why is not None:
                     self._tally.add(f"not read: {why}; {column!r} is read in its place", self._number)
                 return column, turns
+            why = why or _Unusable(f"the column {column!r} holds an answer without its request")
         if why is not None:
             raise why
         return empty, []

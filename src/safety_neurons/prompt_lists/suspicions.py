@@ -5,18 +5,20 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from safety_neurons.counting import numbered
+from safety_neurons.prompt_lists.columns import SPLIT, folded
 from safety_neurons.prompt_lists.labels import is_bad_answer
 from safety_neurons.prompt_lists.records import Prompt
 
 COMPLIES = re.compile(r"\s*(sure|of course|certainly|absolutely)\b[^.\n]{0,20}\bhere\b", re.IGNORECASE)
 NOTHING = frozenset(
-    {"nan", "none", "null", "nil", "<na>", "undefined", "n/a", "#n/a", "#ref!", "#value!", "\\n", "-", "--"}
+    {"nan", "none", "null", "nil", "<na>", "undefined", "n/a", "#n/a", "#ref!", "#value!", "\\n"}
 )
 """What programs write in the place of a missing value."""
 _WITHHELD = frozenset({"redacted", "[redacted]", "[removed]", "[deleted]", "<redacted>", "[withheld]"})
+_LETTER = re.compile(r"\s*\(?[A-J]\)?\s*")
 _NUMBER = re.compile(r"\s*[-+]?\d[\d.,]*\s*")
 _WRONG = re.compile(
-    r"[\ufffd\ufeff]"
+    r"[\ufffd\ufeff\x00-\x08\x0e-\x1a\x1c-\x1f]"
     r"|[\u00c2-\u00c3][\u0080-\u00bf\u0152\u0153\u0160\u0161\u0178\u017d\u017e\u0192\u2018-\u203a\u20ac\u2122]"
     r"|\u00e2\u20ac[\u0080-\u00bf\u0152\u0153\u0161\u2018-\u201d\u2122\u02dc]"
 )
@@ -29,6 +31,11 @@ _MARKS = re.compile(
     r"|\[/?INST\]|<</?SYS>>|\A<s>|</s>\s*\Z|<(?:start|end)_of_turn>|\[\|(?:Human|AI)\|\]"
     r"|### ?(?:Instruction|Response):|\bUSER: .*\bASSISTANT:",
     re.DOTALL,
+)
+_BOTH_SIDES = re.compile(
+    r"\s*(?:#+ *|<)?(?:Human|User|Question|Q)>?:"
+    r".*(?:\n|#+)\s*<?(?:Assistant|AI|Bot|GPT|Model|Answer|A)>?: *\S",
+    re.IGNORECASE | re.DOTALL,
 )
 _WRITTEN = re.compile(
     r"\s*(?:\{\s*[\"'][\w -]{1,40}[\"']\s*:.*\}|\[\s*(?:\{.*\}|\"[^\"]*\".*|'[^']*'.*)\s*\])\s*", re.DOTALL
@@ -51,6 +58,7 @@ def suspicions(read: Sequence[Prompt], column: str, answer_column: str, replaced
     answers = [prompt.answer for prompt in read if prompt.answer is not None]
     copies = len(read) - len({hash((prompt.messages or prompt.text, prompt.language)) for prompt in read})
     numbers, escaped = _count(texts, _NUMBER.fullmatch), _count(texts, _ESCAPED.search)
+    letters = _count(answers, _LETTER.fullmatch)
     bad = sum(prompt.answer is not None and is_bad_answer(prompt, answer_column) for prompt in read)
     missing = " what programs write for a missing value ('nan', 'None'); kept"
     written = " a record or a list as text, as a file holds them; kept"
@@ -73,12 +81,41 @@ def suspicions(read: Sequence[Prompt], column: str, answer_column: str, replaced
             " escaped signs (&amp;, \\n); kept",
         ),
         (_count(texts, _WRITTEN.fullmatch), "prompt is", "prompts are", written),
+        (
+            _count(texts, _BOTH_SIDES.match),
+            "prompt holds",
+            "prompts hold",
+            " both sides of a conversation as one text; kept",
+        ),
+        (
+            sum(not any(map(str.isalnum, text)) for text in texts),
+            "prompt holds",
+            "prompts hold",
+            " no letter and no digit; kept",
+        ),
+        (
+            letters if letters > len(texts) / 4 else 0,
+            "answer is",
+            "answers are",
+            " one letter, as of choices that the prompt does not hold; kept",
+        ),
         (bad, "answer is", "answers are", " marked false or not safe by the row; kept"),
     )
     lines = [f"{numbered(count, one, more)}{what}" for count, one, more, what in counts if count > 0]
-    return (
-        lines + _of_all(texts) + _marked(texts, answers) + _complying(texts, answers, column, answer_column)
+    lines += _of_parts(read) + _of_all(texts) + _marked(texts, answers)
+    return lines + _complying(texts, answers, column, answer_column)
+
+
+def _of_parts(read: Sequence[Prompt]) -> list[str]:
+    """The parts of a data set that rows say they are of."""
+    parts = Counter(
+        str(value)
+        for prompt in read
+        for name, value in prompt.meta.items()
+        if folded(name) in ("split", "datasplit", "partition") and SPLIT.fullmatch(folded(value))
     )
+    shown = ", ".join(f"{part} {count}" for part, count in parts.items())
+    return [f"rows of {len(parts)} parts of a data set are read together ({shown})"] if len(parts) > 1 else []
 
 
 def _count(texts: Sequence[str], test: Callable[[str], object]) -> int:

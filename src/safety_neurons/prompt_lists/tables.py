@@ -52,13 +52,11 @@ def _plain_lines(text: str, name: str, column: str | None, notes: list[str]) -> 
         return (_json_lines if _holds_lines(text) else _json)(text, name, column, notes)
     text = text if "\n" in text else text.replace("\r", "\n")  # line ends of old Macs
     first = next(_lines(text), "").strip()
-    for delimiter in "\t;,|":
-        cells = [cell.strip() for cell in first.strip("|").split(delimiter)]
-        if len(cells) > 1 and any(map(is_known_column, cells)) and all(map(_COLUMN_NAME.fullmatch, cells)):
-            raise InputError(
-                f"{name}: line 1, {first[:40]!r}, is the header of a table; expected a prompt a line; name "
-                "the file .csv or .tsv"
-            )
+    if has_header(text):
+        raise InputError(
+            f"{name}: line 1, {first[:40]!r}, is the header of a table; expected a prompt a line; name "
+            "the file .csv or .tsv"
+        )
     if is_known_column(first) and first.count(" ") == 0:
         notes.append(f"line 1, {first!r}, looks like the name of a column; it is read as a prompt")
     lines = [line for _, line in zip(range(1000), _lines(text), strict=False) if line.strip()]
@@ -72,6 +70,15 @@ def _plain_lines(text: str, name: str, column: str | None, notes: list[str]) -> 
                 "read as a prompt: name a table .csv or .tsv"
             )
     return ({"text": line.removesuffix("\n").removesuffix("\r")} for line in _lines(text))
+
+
+def has_header(text: str) -> bool:
+    """Whether the first line of a text names the columns of a table, one of them the prompt's."""
+    first = next(_lines(text), "").strip().strip("|")
+    return any(
+        len(cells) > 1 and _may_be_header(cells) and all(map(_COLUMN_NAME.fullmatch, cells))
+        for cells in (_stripped(first.split(delimiter)) for delimiter in "\t;,|")
+    )
 
 
 def is_json(text: str) -> bool:
