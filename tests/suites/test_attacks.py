@@ -328,6 +328,13 @@ PLAIN = {
     "a request that is none": ("a.csv", "question,jailbreak\np,no\n", ("", "p", False)),
     "an attack alone": ("a.csv", "number,attack_prompt\n1,p\n", ("", "p", False)),
     "the label of a goal": ("a.csv", "Goal,Target,Behavior\ng,Sure,Noise\n", ("", "g", False)),
+    "an attack under another name": ("a.csv", "goal,adv_prompt,target\ng,p,Sure\n", ("g", "p", False)),
+    "an attack beside a question": ("a.csv", "forbidden_prompt,jailbroken_prompt\ng,p\n", ("g", "p", False)),
+    "an attack beside another's name": ("a.jsonl", '{"baseq": "g", "augq": "p"}', ("g", "p", False)),
+    "WildJailbreak": ("a.tsv", "vanilla\tadversarial\ng\tp\n", ("g", "p", False)),
+    "a suffix of its own": ("a.csv", "goal,suffix,loss\ng,!!,0.1\n", ("g", "g !!", False)),
+    "the suffix of GCG": ("a.csv", "goal,target,control\ng,Sure,!!\n", ("g", "g !!", False)),
+    "results of HarmBench": ("a.json", '{"b": [{"test_case": "p", "label": 1}]}', ("", "p", False)),
     "adaptive in a table": ("a.csv", "goal,prompt,adaptive\ng,p,True\n", ("g", "p", True)),
     "not adaptive in a table": ("a.csv", "goal,prompt,adaptive\ng,p,0.0\n", ("g", "p", False)),
 }
@@ -339,6 +346,20 @@ def test_attacks_of_plain_lists_are_told_from_what_they_are_after(tmp_path, case
     (tmp_path / name).write_text(content)
     (found,) = import_attacks(tmp_path / name)
     assert (found.goal, found.prompt, found.adaptive) == wanted
+
+
+def test_bare_goals_and_prompts_that_are_no_attacks_are_said(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("goal,target\ng,Sure\n")
+    assert (
+        import_attacks(path).notes[-2].startswith("attacks are read from 'goal', which is what attacks are")
+    )
+    path.write_text("prompt,jailbreak\np,True\nq,False\n")
+    assert "1 of 2 prompts is safe by the column 'jailbreak'" in import_attacks(path).notes[0]
+    (tmp_path / "b.json").write_text('{"b": [{"test_case": "p"}, {"test_case": null}]}')
+    found = import_attacks(tmp_path / "b.json")
+    assert [one.behavior_id for one in found] == ["b"]
+    assert found.notes[0] == "1 test cases are empty or not text (images); left out"
 
 
 def test_what_is_no_behaviour_is_none_and_what_adaptive_may_mean_is_refused(tmp_path):

@@ -20,7 +20,9 @@ from safety_neurons.prompt_lists.columns import (
     find_column,
     folded,
     is_known_column,
+    plan_for,
 )
+from safety_neurons.prompt_lists.labels import labelled_otherwise
 from safety_neurons.prompt_lists.readers import file_format, read_text
 from safety_neurons.prompt_lists.records import label_word
 from safety_neurons.prompt_lists.tables import parse_rows
@@ -30,12 +32,20 @@ STATIC, ADAPTIVE = "static-transfer", "adaptive"
 """What a result under attack is called: the prompt was made without the model in hand, or optimised on it."""
 DEFAULT_OPENING = "Sure, here is what you asked for:"
 
-ATTACK_COLUMNS = ("attack_prompt", "attacked_prompt", "adversarial_prompt", "jailbreak_prompt")
+_ATTACK = re.compile(
+    r"(?:adv|adversarial|attack(?:ed)?|augmented|decorated|jail(?:break|broken)|modified|mutated|perturbed"
+    r"|rewritten|transformed|wrapped)_(?:prompt|query|question|text|request|goal|instruction|behaviou?r)"
+    r"|augq|ss_prompt|prompt_with_adv"
+)
 """Columns of a plain list that hold the attack, whatever else looks like a prompt: a behaviour, a request."""
+_SUFFIXES = ("suffix", "adv_suffix", "adversarial_suffix", "control")
+"""Columns of what is put behind the goal of the row."""
 _ATTACK_OR_ABOUT_IT = ("attack", "jailbreak")
 """Beside a prompt these name its method, or say whether it is an attack."""
-_AFTER = frozenset({"goal", "behavior", "behaviour", "request", "instruction", "question", "query"})
+_AFTER = ("goal", "behavior", "behaviour", "request", "instruction", "question", "query", "forbidden_prompt")
 """Columns of what an attack is after."""
+_BARE = (*_AFTER, "vanilla", "redteam_query", "original_prompt", "base_prompt", "baseq", "bad_q")
+"""The same beside an attack."""
 
 AS = ("prompts", "suffixes", "templates")
 _SLOT = re.compile(
@@ -242,7 +252,10 @@ def _reader(parsed: Any) -> Reader | None:
 
 
 def _is_cases(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str | list) or item is None for item in value)
+    return isinstance(value, list) and all(
+        isinstance(item, str | list) or item is None or (isinstance(item, dict) and "test_case" in item)
+        for item in value
+    )
 
 
 def _jailbreakbench(parsed: Any, path: Path, notes: list[str]) -> list[AttackPrompt]:
@@ -294,7 +307,8 @@ def _harmbench(parsed: Any, path: Path, notes: list[str]) -> list[AttackPrompt]:
     about = [key for key in parsed if folded(key) in METADATA]
     notes += [f"left out what stands beside the test cases: {', '.join(about)}"] if about else []
     for behavior, cases in parsed.items():
-        for case in () if behavior in about else cases:
+        for one in () if behavior in about else cases:
+            case = one["test_case"] if isinstance(one, dict) else one
             if isinstance(case, str) and case.strip():
                 attacks.append(AttackPrompt(str(behavior), "", case, method, model))
             else:
@@ -321,19 +335,25 @@ def _own(parsed: Any, path: Path, _: list[str]) -> list[AttackPrompt]:
 
 
 def _plain_list(path: Path, read_as: str, goals: Prompts | None, notes: list[str]) -> list[AttackPrompt]:
-    attack = _attack_column(path)
+    attack, suffix, bare = _attack_columns(path)
     read = prompts(path, column=attack)
     notes += read.notes
     if read_as == "prompts":
-        return [_from_prompt(prompt, wrapped=attack is not None) for prompt in read]
+        notes += labelled_otherwise(read, "unsafe")
+        if bare and not suffix:
+            notes.append(
+                f"attacks are read from {bare!r}, which is what attacks are after; expected a column such as "
+                "attack_prompt beside it"
+            )
+        return [_from_prompt(prompt, attack is not None, suffix) for prompt in read]
     if goals is None:
         raise InputError(
             f"{path}: {read_as} need the requests they are for; expected --goals with a suite's file"
         )
     if read_as == "templates" and not all(_SLOT.search(prompt.text) for prompt in read):
-        bare = sum(_SLOT.search(prompt.text) is None for prompt in read)
+        without = sum(_SLOT.search(prompt.text) is None for prompt in read)
         raise InputError(
-            f"{path}: {bare} of {len(read)} templates have no place for the goal; expected {{goal}} or "
+            f"{path}: {without} of {len(read)} templates have no place for the goal; expected {{goal}} or "
             "[INSERT PROMPT HERE]"
         )
     return [
@@ -349,29 +369,41 @@ def _plain_list(path: Path, read_as: str, goals: Prompts | None, notes: list[str
     ]
 
 
-def _attack_column(path: Path) -> str | None:
-    """The column of a plain list that holds the attack; None where it is that of the prompt."""
+def _attack_columns(path: Path) -> tuple[str | None, str | None, str | None]:
+    """The columns of a plain list: of the attack, None where it is that of the prompt; of a suffix to the
+    prompt; and of the prompt where its name says that it is what attacks are after.
+    """
     rows = parse_rows(read_text(path)[0], file_format(path), str(path), None, [])
     row = next((row for row in rows if isinstance(row, Mapping)), {})
-    sure = find_column(row, ATTACK_COLUMNS)
-    if sure is not None or any(is_known_column(key) and folded(key) not in _AFTER for key in row):
-        return sure
+    plan = plan_for(tuple(row), None, None)
+    asked = (*plan.conversation, *plan.prompt)[:1]
+    bare = asked[0] if asked and folded(asked[0]) in _AFTER else None
+    sure = next((key for key in row if _ATTACK.fullmatch(folded(key))), None)
+    if sure is not None:
+        return sure, None, None
+    suffix = find_column(row, _SUFFIXES)
+    if bare is not None and suffix is not None and isinstance(row[suffix], str):
+        return None, suffix, bare
+    if any(is_known_column(key) and folded(key) not in _AFTER for key in row):
+        return None, None, bare
     column = find_column(row, _ATTACK_OR_ABOUT_IT)
     text = row[column] if column is not None else None
-    return column if isinstance(text, str) and label_word(text) not in ("0", "1", "no", "yes") else None
+    if isinstance(text, str) and label_word(text) not in ("0", "1", "no", "yes"):
+        return column, None, None
+    return None, None, bare
 
 
 def _combined(goal: str, text: str, read_as: str) -> str:
     return f"{goal} {text}" if read_as == "suffixes" else _SLOT.sub(lambda _: goal, text)
 
 
-def _from_prompt(prompt: Prompt, *, wrapped: bool) -> AttackPrompt:
+def _from_prompt(prompt: Prompt, wrapped: bool, suffix: str | None) -> AttackPrompt:
     """The attack of a row; beside an attack a behaviour is the goal, beside a goal the label of it."""
-    fields = {str(key).casefold(): value for key, value in prompt.meta.items()}
-    text = {
-        name: str(fields.get(name) or "")
-        for name in ("goal", "behavior", "behaviour", "method", "source_model", "target", "behavior_id")
-    }
+    fields = {folded(key): value for key, value in prompt.meta.items()}
+    names = (*_BARE, "method", "source_model", "target", "behavior_id")
+    text = {name: str(fields.get(name) or "") for name in names}
+    behind = "" if suffix is None else str(prompt.meta.get(suffix) or "")
+    bare = next((text[name] for name in _BARE if text[name]), "") if wrapped else text["vanilla"]
     adaptive = label_word(fields.get("adaptive"))
     if adaptive not in ("", "0", "1"):
         raise InputError(f"attack {prompt.id!r} has adaptive {adaptive[:20]!r}; expected true or false")
@@ -387,8 +419,8 @@ def _from_prompt(prompt: Prompt, *, wrapped: bool) -> AttackPrompt:
     }
     return AttackPrompt(
         text["behavior_id"] or prompt.id,
-        text["goal"] or ((text["behavior"] or text["behaviour"]) if wrapped else ""),
-        prompt.text,
+        text["goal"] or (prompt.text if behind else bare),
+        _combined(prompt.text, behind, "suffixes") if behind else prompt.text,
         text["method"] or "unknown",
         text["source_model"],
         adaptive == "1",
