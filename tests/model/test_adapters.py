@@ -490,6 +490,25 @@ def test_an_adapter_for_a_model_of_another_name_is_noted(folders, tmp_path):
     )
 
 
+@pytest.mark.parametrize(("kind", "part", "neutral"), [("lora", "lora_B", 0.0), ("ia3", "ia3_l", 1.0)])
+def test_an_adapter_that_changes_nothing_is_noted(folders, tmp_path, kind, part, neutral):
+    folder = tiny_adapter_folder(folders["base"], tmp_path / "adapter", seed=1, kind=kind)
+    weights = load_file(folder / "adapter_model.safetensors")
+    first = next(name for name in weights if part in name)
+    idle = {name: torch.full_like(w, neutral) if part in name else w for name, w in weights.items()}
+    for kept, notes in ((idle, 1), (idle | {first: weights[first]}, 0)):
+        save_file(kept, folder / "adapter_model.safetensors")
+        assert ["changes nothing" in note for note in load(f"{folders['base']}+{folder}").notes] == [
+            True
+        ] * notes
+
+
+def test_an_adapter_of_no_weight_is_noted(folders, tmp_path):
+    folder = tiny_adapter_folder(folders["base"], tmp_path / "adapter", seed=1, kind="lora")
+    _configured(folder, lora_alpha=0)
+    assert "its lora_alpha is 0" in load(f"{folders['base']}+{folder}").notes[0]
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_resized_vocabulary_is_taken_from_the_adapter(tmp_path, tied):
     base = tiny_llama_folder(tmp_path / "base", tie_word_embeddings=tied)

@@ -9,7 +9,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from safety_neurons.errors import MismatchError, ModelError, UsageError, first_line
@@ -243,6 +243,28 @@ def resized_vocabulary(model: Any, folder: Path) -> str:
         f"{folder.name}: brings an embedding of {rows:,} tokens, which is used in the place of the model's "
         f"{before:,}"
     )
+
+
+_NEUTRAL = {"LORA": ("lora_B.", 0.0), "IA3": ("ia3_l", 1.0)}
+"""By kind, which weights of an adapter change nothing at which value, as they are before any training."""
+
+
+def untrained(adapters: Sequence[Path], configs: Sequence[Any]) -> list[str]:
+    """A line for each adapter that changes nothing: its weights are what they begin as, or its scale is 0."""
+    notes = []
+    for adapter, config in zip(adapters, configs, strict=True):
+        part, neutral = _NEUTRAL.get(kind_of(config), ("", 0.0))
+        with safe_open(adapter / WEIGHTS, framework="pt") as opened:
+            names = [name for name in opened.keys() if "lora_A." not in name]  # noqa: SIM118 - not a mapping
+            weightless = getattr(config, "lora_alpha", None) == 0 and not config.alpha_pattern
+            idle = all(
+                part in name and (weightless or bool((opened.get_tensor(name).float() == neutral).all()))
+                for name in names
+            )
+        if part and names and idle:
+            why = "its lora_alpha is 0" if weightless else "its weights are what they begin as"
+            notes.append(f"{adapter.name}: the adapter changes nothing ({why}); was it trained and saved?")
+    return notes
 
 
 def kind_of(config: Any) -> str:

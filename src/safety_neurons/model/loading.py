@@ -22,6 +22,7 @@ from safety_neurons.model.adapters import (
     merge,
     resized_rows,
     resized_vocabulary,
+    untrained,
 )
 from safety_neurons.model.fewer_bits import refuse_unpackable
 from safety_neurons.model.files import (
@@ -230,7 +231,7 @@ def _views(
     if is_gguf(Path(named_base := parse_spec(specs[0]).base)):
         notes.append(f"{named_base} was dequantised to float32, once, into {base}")
         notes += left_out(base)
-    notes += foreign_base(named_base, base, adapters, configs)
+    notes += foreign_base(named_base, base, adapters, configs) + untrained(adapters, configs)
     notes += [note for folder in adapters if (note := resized_vocabulary(model, folder))]
     model = (merge if loading.merge_adapters else attach)(model, adapters, configs)
     check_finite(model)
