@@ -279,6 +279,30 @@ def test_a_long_question_is_read_and_an_open_quotation_mark_refused_in_one_line(
         measures.read_mmlu(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('"Q,a,b,c,d,A\nR",a,b,c,d,B\n', "a cell from line 1 of .* holds lines that look like rows"),
+        (" ,a,b,c,d,A\n", "row 1 of"),
+        ("Q,,,,,A\n", "row 1 of"),
+        ("\n", "art_test.csv is empty"),
+    ],
+)
+def test_questions_that_are_merged_blank_or_none_are_refused(tmp_path, text, message):
+    with pytest.raises(InputError, match=message):
+        asked(tmp_path, text)
+
+
+def test_subjects_with_too_few_examples_are_said(short_model, tmp_path):
+    for split, subjects in (("test", ("art", "law")), ("dev", ("art",))):
+        (tmp_path / split).mkdir()
+        for subject in subjects:
+            (tmp_path / split / f"{subject}_{split}.csv").write_text("Q,a,b,c,d,A\n")
+    assert measure_mmlu(short_model, tmp_path, shots=1).notes == (
+        "mmlu: 1 of 2 questions are asked behind fewer than 1 example: the dev files have no more (law)",
+    )
+
+
 def test_a_table_that_is_there_twice_is_refused(tmp_path):
     for folder in ("test", "copy/test"):
         (tmp_path / folder).mkdir(parents=True)

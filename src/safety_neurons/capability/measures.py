@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from safety_neurons import strict_json
+from safety_neurons.counting import numbered
 from safety_neurons.declarations import Declaration
 from safety_neurons.errors import InputError
 from safety_neurons.model import (
@@ -559,15 +560,23 @@ def _files(source: pathlib.Path) -> dict[str, str]:
 def _questions(subject: str, text: str, name: str) -> list[Question]:
     questions = []
     cells = Cells(text, ",", name)
+    cells.rename([""] * 6)
     for row in cells:
         if not row:
             continue
-        if len(row) != 6 or row[5].strip() not in LETTERS:
+        if len(row) != 6 or row[5].strip() not in LETTERS or not row[0].strip() or not any(row[1:5]):
             raise InputError(
                 f"row {cells.row} of {name} has {len(row)} cells, the last {row[-1][:40]!r}; expected "
                 "question, four choices and a letter from A to D, and no header"
             )
         questions.append(Question(subject, row[0], tuple(row[1:5]), LETTERS.index(row[5].strip())))
+    if cells.swallowed:
+        raise InputError(
+            f"a cell from line {cells.swallowed} of {name} on holds lines that look like rows; expected a "
+            "row a question; look whether a quotation mark is missing"
+        )
+    if not questions:
+        raise InputError(f"{name} is empty; expected questions: get the file again")
     return questions
 
 
@@ -693,6 +702,13 @@ def measure_mmlu(
     )
     ids = tuple(f"{one.subject} {number}" for number, one in enumerate(questions))
     notes = [] if data.shown or not shots else [f"{task}: no dev files, so no examples are shown"]
+    short = {one.subject for one in questions if len(data.shown.get(one.subject, [])) < shots}
+    if data.shown and short:
+        count = sum(one.subject in short for one in questions)
+        notes.append(
+            f"{task}: {count} of {len(questions)} questions are asked behind fewer than "
+            f"{numbered(shots, 'example')}: the dev files have no more ({', '.join(sorted(short))[:80]})"
+        )
     failed = right.count(None)
     notes += (
         [f"{task}: {failed} of {len(right)} questions gave NaN or infinity and are unscored"]

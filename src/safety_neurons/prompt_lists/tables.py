@@ -407,6 +407,7 @@ class Cells:
         row: Number of the last row, counted from 1.
         names: Cells of the header, once it was read.
         plain: Whether the last row held no quotation marks around its cells.
+        swallowed: Number of the first line of a cell that holds lines which look like rows; 0 for none.
     """
 
     def __init__(self, text: str, delimiter: str, name: str) -> None:
@@ -415,7 +416,7 @@ class Cells:
         self._back: list[str] = []
         self._taken: list[str] = []
         self.row, self._line, self._width, self._first = 0, 0, 0, 0
-        self._loose = self._escaped = self._swallowed = 0
+        self._loose = self._escaped = self.swallowed = 0
         self._spaced = False
         self.names: list[str] = []
         self._quotes_behind_spaces = f'{delimiter} "' in text
@@ -449,9 +450,9 @@ class Cells:
                     self._escaped,
                 ),
                 (
-                    f"a cell from line {self._swallowed} on holds lines that look like rows; look whether a "
+                    f"a cell from line {self.swallowed} on holds lines that look like rows; look whether a "
                     "quotation mark is missing",
-                    self._swallowed,
+                    self.swallowed,
                 ),
                 ("spaces behind the separators, before quotation marks too, are left out", self._spaced),
             )
@@ -465,9 +466,9 @@ class Cells:
             row = self._read(self._pulled)
             if row is None:
                 return
-            if len(self._taken) > 1 and not self._swallowed and self._width > 1:
+            if len(self._taken) > 1 and not self.swallowed and self._width > 1:
                 like_rows = all(line.count(self.delimiter) == self._width - 1 for line in self._taken)
-                self._swallowed = self._line - len(self._taken) + 1 if like_rows else 0
+                self.swallowed = self._line - len(self._taken) + 1 if like_rows else 0
             self.plain = len(self._taken) == 1 and '"' not in self._taken[0]
             yield row
 
