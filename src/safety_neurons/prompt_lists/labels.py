@@ -1,5 +1,6 @@
 """What labels say of prompts and of answers, by their words and by the names of their columns."""
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -63,6 +64,7 @@ _KINDS = frozenset({"kind", "class", "category", "type"})
 """Names whose words may tell, and whose numbers do not."""
 
 
+@functools.lru_cache(maxsize=1 << 12)
 def asks_for(column: str) -> str:
     """What truth in a column of this name says a prompt is: `safe` (`is_safe`, `notHarmful`), `unsafe`;
     `both` for a name that asks for both, or for safety by degrees; empty for one that tells nothing.
