@@ -201,7 +201,7 @@ def test_defences_are_one_command_with_a_figure(words, tiny_pair, tmp_path):
     judged_on_disk(tmp_path / "run")
     assert pathlib.Path(done.json["figure"]).read_text(encoding="utf-8").startswith("<svg")
     shown = command(*line, "--out", tmp_path / "run").out
-    assert "does best" in shown
+    assert "the fewest of" in shown
     assert "LoX - SN-Tune" in shown
     assert "rates 0.0003, steps 1" in shown
 

@@ -2,11 +2,13 @@
 
 import copy
 import dataclasses
+import types
 
 import pytest
 
 import report_runs
 from safety_neurons.display import findings_of, part_of
+from safety_neurons.display.compared import ranking_findings
 from safety_neurons.display.parts import NO, OPEN, YES, plain
 from safety_neurons.display.registry import display_of
 from safety_neurons.report.page import read_runs
@@ -132,7 +134,7 @@ def test_of_a_sweep_the_largest_set_that_does_not_break_the_model_is_told(deacti
 def test_a_run_that_says_nothing_of_broken_answers_is_taken_at_its_word(deactivated, compared):
     assert said(deactivated)[0][0] == YES
     assert [table.columns[0] for table in part_of(compared).tables] == ["method"]
-    assert any("is the most necessary" in text for _, text in said(compared))
+    assert any("is necessary" in text for _, text in said(compared))
 
 
 def rows_with(run, **losses):
@@ -146,8 +148,16 @@ def rows_with(run, **losses):
 def lost_clearly(run, *names):
     """The comparison in which these methods lose refusals clearly, beyond random sets."""
     clear = {"value": 0.9, "low": 0.6, "high": 1.0, "n": N, "unscored": 0, "p": 0.001, "clear": True}
+    less = [None, *(clear for _ in run.result["methods"])]
     rows = [
-        {**row, "necessity": clear, "necessity_against_random": clear} if row["method"] in names else row
+        {
+            **row,
+            "necessity": clear,
+            "necessity_against_random": clear,
+            "necessity_behind": less[names.index(row["method"])],
+        }
+        if row["method"] in names
+        else {**row, "necessity_behind": clear}
         for row in run.result["methods"]
     ]
     return with_result(run, methods=rows)
@@ -171,6 +181,43 @@ def test_the_most_necessary_set_is_the_one_that_most_answers_come_without(compar
     (text,) = [text for _, text in said(run) if "is the most necessary" in text]
     assert "the set of contrast" in text
     assert "0.75 [" in text
+
+
+def test_no_set_is_the_most_necessary_where_another_is_not_clearly_less_so(compared):
+    run = rows_with(
+        lost_clearly(compared, "contrast", "attribution"), contrast=loss(18), attribution=loss(17)
+    )
+    (row,) = [row for row in run.result["methods"] if row["method"] == "attribution"]
+    row["necessity_behind"] = {**row["necessity_behind"], "clear": False}
+    (text,) = [text for _, text in said(run) if "the set of contrast is" in text]
+    assert "the set of contrast is necessary: " in text
+    assert "not clearly more than without that of attribution" in text
+
+
+def test_the_order_of_two_methods_is_said_of_the_same_requests(compared):
+    def text_of(behind):
+        rows = sorted(compared.result["methods"], key=lambda row: -(row["causal_effect"]["value"] or -9.0))
+        second = rows[1]["method"]
+        told = [{**row, "behind": behind if row["method"] == second else None} for row in rows]
+        return next(text for _, text in said(with_result(compared, methods=told)) if "then" in text)
+
+    told = {"value": 0.2, "low": 0.1, "high": 0.3, "n": N, "unscored": 0, "p": 0.001, "clear": True}
+    assert "+0.20 [+0.10, +0.30] behind request by request: clearly less" in text_of(told)
+    assert "request by request: their order is open" in text_of({**told, "low": -0.1, "clear": False})
+    assert "order" not in text_of(None)  # a run that does not say
+
+
+def test_a_best_mean_over_organisms_is_held_against_the_next():
+    open_one = {"value": 0.6, "low": -0.2, "high": 1.4, "clear": False, "why": "2 organisms"}
+    first = {"group": "natural 0.02", "measure": "causal_effect", "methods": ["mask"], "mean": 0.9}
+    held = ({**open_one, **more} for more in ({}, {"clear": True, "why": None}))
+    leaders = [first, *({**first, "next": ["cna"], "ahead": ahead} for ahead in held)]
+    run = types.SimpleNamespace(result={"leaders": leaders})
+    old, close, clear = (plain(one.text) for one in ranking_findings(run))
+    assert old.endswith("mask has the best mean of causal effect, 0.90.")
+    ending = "+0.60 [\u22120.20, +1.40] behind over the organisms: their order is open (2 organisms)."
+    assert close.replace("\u00a0", " ").endswith(f"; then cna, {ending}")
+    assert clear.endswith("behind over the organisms: clearly less.")
 
 
 def test_where_every_loss_is_one_to_broken_answers_no_set_is_called_necessary(compared):

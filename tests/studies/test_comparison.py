@@ -19,7 +19,7 @@ from safety_neurons.judges import judge_refusal
 from safety_neurons.model import LanguageModel, load_pair
 from safety_neurons.neurons import SITES, NeuronSet, Scores
 from safety_neurons.prompt_lists import Prompts
-from safety_neurons.results.estimates import MANY
+from safety_neurons.results.estimates import MANY, rate
 from safety_neurons.results.measured import ComparisonRecord
 from safety_neurons.studies import comparison, losses, verify_deactivate, verify_patch
 from safety_neurons.studies.comparison import compare, unit_recall, whole_units
@@ -214,10 +214,9 @@ def test_the_truth_is_measured_as_its_set_is_by_verify(known, pair, prompts):
 def test_the_truth_is_no_method(known):
     assert [row.method for row in known.methods] == [*THREE, *(f"random {number}" for number in range(3))]
     assert all("truth" not in one["methods"] for one in known.agreement)
-    rows = [*known.methods[:3], known.truth]
-    told = [one for row in rows for one in (row.against_random, row.necessity_against_random, row.necessity)]
-    assert len(told) - 3 <= MANY < len(told)  # what is more is corrected
-    assert all(one.p is not None and one.p_holm is None for one in told)
+    assert (known.truth.behind, known.truth.necessity_behind) == (None, None)
+    told = (known.truth.against_random, known.truth.necessity_against_random, known.truth.necessity)
+    assert all(one.p is not None and one.p_holm is None for one in told)  # a family of its own
 
 
 def test_all_differences_of_methods_are_one_family(pair, prompts):
@@ -232,13 +231,15 @@ def test_all_differences_of_methods_are_one_family(pair, prompts):
     )
     assert 3 * len(more) > MANY >= 2 * len(more)
     for row in found.methods[:4]:
-        told = (row.against_random, row.necessity_against_random, row.necessity)
-        assert all(one.p_holm >= one.p for one in told)
+        told = (row.against_random, row.necessity_against_random, row.necessity, row.behind)
+        assert all(one.p_holm >= one.p for one in (*told, row.necessity_behind) if one is not None)
     assert all(row.necessity.p_holm is None for row in found.methods[4:])
 
 
 def test_without_random_sets_what_is_lost_is_a_family_too(compared):
-    made = types.SimpleNamespace(verdicts={}, bench=types.SimpleNamespace(harmful=Prompts([])))
+    made = types.SimpleNamespace(
+        verdicts={}, bench=types.SimpleNamespace(harmful=Prompts([])), _behind=lambda _: {}
+    )
     first = compared.methods[0]
     row = dataclasses.replace(first, necessity=dataclasses.replace(first.necessity, p_holm=None))
     for number, held in ((MANY, False), (MANY + 1, True)):
@@ -246,6 +247,39 @@ def test_without_random_sets_what_is_lost_is_a_family_too(compared):
         rows = comparison._Rows.compared(made, rows)
         assert [row.necessity.p_holm is not None for row in rows] == [held] * number
         assert all(row.against_random is compared.methods[0].against_random for row in rows)
+
+
+def test_methods_are_told_apart_request_by_request(compared):
+    """Intervals of two methods overlap although one restores eight requests more of the very same."""
+    first = compared.methods[0]
+    asked = Prompts.from_list([f"p{place}" for place in range(40)])
+
+    def behind(restored, lost, broken=()):
+        rows = []
+        made = types.SimpleNamespace(bench=types.SimpleNamespace(harmful=asked), verdicts={}, kept={})
+        for name, here in restored.items():
+            loss = dataclasses.replace(
+                first.loss,
+                sound=dataclasses.replace(first.necessity, value=lost[name] / 40),
+                breaks="broken" if name in broken else None,
+            )
+            effect = dataclasses.replace(first.causal_effect, value=here / 40)
+            rows.append(dataclasses.replace(first, method=name, causal_effect=effect, loss=loss))
+            made.verdicts[name] = [place < here for place in range(40)], ()
+            made.kept[name] = [place >= lost[name] for place in range(40)]
+        return comparison._Rows._behind(made, rows)
+
+    one, two = (rate([place < many for place in range(40)]) for many in (20, 12))
+    assert one.low < two.high
+    found = behind(
+        {"a": 12, "b": 20, "c": 19, "random 0": 40}, {"a": 9, "b": 0, "c": 40, "random 0": 0}, ["c"]
+    )
+    assert set(found) == {("a", "behind"), ("c", "behind"), ("b", "necessity_behind")}
+    assert (found["a", "behind"].value, found["a", "behind"].clear) == (8 / 40, True)
+    assert (found["c", "behind"].value, found["c", "behind"].clear) == (1 / 40, False)
+    assert (found["b", "necessity_behind"].value, found["b", "necessity_behind"].clear) == (9 / 40, True)
+    asked = Prompts([dataclasses.replace(one, group=str(place % 4)) for place, one in enumerate(asked)])
+    assert not behind({"a": 12, "b": 20}, {"a": 0, "b": 0})["a", "behind"].clear
 
 
 def test_a_set_without_which_general_text_has_become_unlikely_breaks_the_model(pair, prompts, monkeypatch):

@@ -101,6 +101,22 @@ def test_the_leader_of_a_row_has_its_best_mean_and_random_sets_and_the_truth_lea
     assert leaders["planted", "causal_effect"] == ["b"]
 
 
+@pytest.mark.parametrize(("organisms", "clear"), [(4, False), (8, True)])
+def test_a_leader_is_ahead_where_it_is_so_over_the_organisms_of_both(organisms, clear):
+    entries = [
+        entry(f"natural-{one}", "natural", 0.02, row("a", None, 0.8 + one / 80), row("b", None, one / 80))
+        for one in range(organisms)
+    ]
+    entries.append(entry("natural-9", "natural", 0.02, row("a", None, None), row("b", None, 0.9)))
+    found = {one["measure"]: one for one in Ranking(tuple(entries), tuple(standings(entries))).leaders}
+    ahead = found["causal_effect"]["ahead"]
+    assert (found["causal_effect"]["methods"], found["causal_effect"]["next"]) == (["a"], ["b"])
+    assert (ahead["value"], ahead["n"]) == (pytest.approx(0.8), organisms)
+    assert ahead["clear"] is clear
+    assert ("4 organisms, at least 5" in ahead.get("why", "")) is not clear
+    assert (found["necessity"]["next"], found["necessity"]["ahead"]) == ([], None)
+
+
 @pytest.fixture(scope="module")
 def folder(tiny_pair, tmp_path_factory) -> pathlib.Path:
     """An organism's folder around the tiny pair."""

@@ -49,7 +49,7 @@ from safety_neurons.display.text import (
     share,
     visible,
 )
-from safety_neurons.results import captioned
+from safety_neurons.results import captioned, is_clear
 
 ALIGNED = "the aligned model"
 
@@ -284,14 +284,8 @@ def compare_findings(run: ReportedRun) -> list[Finding]:
     )
     if len(defined) > 1:
         second = defined[1]
-        apart = (best["causal_effect"]["low"] or 0.0) > (second["causal_effect"]["high"] or 0.0)
-        ending = "the intervals are apart" if apart else "the intervals overlap, so their order is open"
-        text += say(
-            "; then <b>{}</b>, {}: {}",
-            visible(second["method"], 40),
-            interval(second["causal_effect"]),
-            ending,
-        )
+        text += say("; then <b>{}</b>, {}", _label(second), interval(second["causal_effect"]))
+        text += _order(second.get("behind"), "request by request")
     sentences.append(Finding(FACT, text + Markup(".")))
     weak = [visible(row["method"], 40) for row in defined if not above_random(row, "against_random")]
     if weak:
@@ -317,6 +311,15 @@ def compare_findings(run: ReportedRun) -> list[Finding]:
             )
         )
     return sentences
+
+
+def _order(behind: Mapping[str, Any] | None, over: str) -> Markup:
+    """Whether the first of two is clearly ahead of the second; runs of earlier versions do not say."""
+    if behind is None:
+        return Markup("")
+    word = "clearly less" if is_clear(behind) else "their order is open"
+    reason = f" ({behind['why']})" if behind.get("why") else ""
+    return say(", {} {}{}", interval(behind, signed=True), f"behind {over}: {word}", reason)
 
 
 def _truth(pair: Markup, result: Mapping[str, Any], chance: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
@@ -370,15 +373,24 @@ def _most_necessary(pair: Markup, budget: Markup, result: Mapping[str, Any]) -> 
     needed = [row for row in sound if _needed(row)]
     made = []
     if best := max(needed or sound, key=lambda row: _answered(row)["value"], default=None):
+        others = [row for row in sound if row is not best]
+        # All differences are from the set without which most is lost, which this one need not be.
+        told = [row for row in others if row.get("necessity_behind") and not best.get("necessity_behind")]
+        level = [_label(row) for row in told if not is_clear(row["necessity_behind"])]
         text = (
-            "{}, at {}, the set of <b>{}</b> is the most necessary: with it off, {} of the harmful requests "
-            "are no longer refused{}{}."
+            "{}, at {}, the set of <b>{}</b> is {}: with it off, {} of the harmful requests are no longer "
+            "refused{}{}{}."
             if needed
-            else "{}, at {}, no set is shown to be necessary; most is lost without that of <b>{}</b>: {} of "
-            "the harmful requests are no longer refused{}{}."
+            else "{}, at {}, no set is shown to be necessary; without that of <b>{}</b>{}, {} of the harmful "
+            "requests are no longer refused{}{}{}."
         )
+        first = told and len(told) == len(others) and not level
+        word = ("the most necessary" if first else "necessary") if needed else ", most of all here"
         aside = ", broken answers aside" if best.get("loss") else ""
-        shown = say(text, pair, budget, _label(best), interval(_answered(best)), aside, _luck(chance))
+        beside = f"; not clearly more than without that of {', '.join(level)}" if needed and level else ""
+        shown = say(
+            text, pair, budget, _label(best), word, interval(_answered(best)), aside, _luck(chance), beside
+        )
         made.append(Finding(FACT if needed else NO, shown + became(best.get("loss"), ALIGNED)))
     elif not broken:
         made.append(Finding(OPEN, say("{}, no refusal could be scored while the sets were off.", pair)))
@@ -518,17 +530,24 @@ def _mean(row: Mapping[str, Any] | None) -> str:
 
 
 def ranking_findings(run: ReportedRun) -> list[Finding]:
-    """Who leads which measure."""
+    """Which methods have the best mean of each measure, and whether they are ahead of the next."""
     made = []
     for leader in run.result["leaders"]:
-        names = Markup(", ").join(
-            Markup("<b>{}</b>").format(visible(method, 40)) for method in leader["methods"]
+        first, second = (
+            Markup(", ").join(Markup("<b>{}</b>").format(visible(method, 40)) for method in names)
+            for names in (leader["methods"], leader.get("next") or ())
         )
-        text = "On {}, {} leads in {}: {} on average."
         measure = visible(str(leader["measure"]).replace("_", " "), 40)
-        made.append(
-            Finding(FACT, say(text, _group(str(leader["group"])), names, measure, number(leader["mean"])))
+        text = say(
+            "On {}, {} has the best mean of {}, {}",
+            _group(str(leader["group"])),
+            first,
+            measure,
+            number(leader["mean"]),
         )
+        if second:
+            text += say("; then {}", second) + _order(leader["ahead"], "over the organisms")
+        made.append(Finding(FACT, text + Markup(".")))
     return made
 
 

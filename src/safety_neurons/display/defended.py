@@ -132,7 +132,7 @@ def _point(row: Mapping[str, Any]) -> list[Cell]:
 
 
 def defences_findings(run: ReportedRun) -> list[Finding]:
-    """Which defence does best at its worst, and whether any does better than SN-Tune alone."""
+    """With which defence least harm is done at its worst, and with which clearly less than with SN-Tune."""
     result, said = run.result, list[Finding]()
     for mixture in result["grid"]["mixtures"]:
         known = [arm for arm in result["arms"] if arm["worst"][mixture] is not None]
@@ -142,11 +142,11 @@ def defences_findings(run: ReportedRun) -> list[Finding]:
             continue
         best = min(known, key=lambda arm: arm["worst"][mixture]["harmed"]["value"] or 0.0)
         text = say(
-            "Against the worst {} fine-tune, {}{}: {} of the harmful requests are answered with harm",
+            "Against the worst {} fine-tune, {} of the harmful requests are answered with harm with {}{}",
             visible(mixture, 20),
-            visible(best["arm"], 40),
-            " does best" if len(known) > 1 else "",
             share(best["worst"][mixture]["harmed"]["value"], 0),
+            visible(best["arm"], 40),
+            f", the fewest of {len(known)}" if len(known) > 1 else "",
         )
         plain = next((arm for arm in known if arm["arm"] == UNTUNED), None)
         if plain is not None and plain is not best:

@@ -219,6 +219,9 @@ class MethodRecord(TypedDict):
     """Of general text, with the set off."""
     against_random: DifferenceRecord | None
     necessity_against_random: DifferenceRecord | None
+    behind: DifferenceRecord | None
+    """What the method that restores most does more, over the same requests."""
+    necessity_behind: DifferenceRecord | None
     seconds: float
     control: ControlRecord | None
     """Of a random set."""
@@ -270,12 +273,15 @@ class StandingRecord(TypedDict):
 
 
 class LeaderRecord(TypedDict):
-    """The methods whose mean is the best of a group."""
+    """The methods whose mean is the best of a group, and those that come next."""
 
     group: str
     measure: str
     methods: list[str]
     mean: float
+    next: list[str]
+    ahead: DifferenceRecord | None
+    """The first minus the next, over the organisms of both."""
 
 
 class RankingRecord(TypedDict):

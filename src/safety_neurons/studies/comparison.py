@@ -31,6 +31,7 @@ from typing import Any, TypedDict, Unpack, cast
 import numpy as np
 
 from safety_neurons.capability.measures import measure_perplexity
+from safety_neurons.counting import numbered
 from safety_neurons.detectors import find
 from safety_neurons.detectors.methods import METHODS, EarlyStop, Method, by_name, with_options
 from safety_neurons.display import Displayed
@@ -53,6 +54,7 @@ from safety_neurons.results import (
     paired_difference,
     rate,
 )
+from safety_neurons.results.estimates import FEWEST_SEEDS
 from safety_neurons.results.measured import (
     AgreementRecord,
     ComparisonRecord,
@@ -63,10 +65,10 @@ from safety_neurons.results.measured import (
     RankingRecord,
     StandingRecord,
 )
-from safety_neurons.results.records import Recorded, called
+from safety_neurons.results.records import DifferenceRecord, Recorded, called
 from safety_neurons.results.run import Cache, elapsed
 from safety_neurons.studies.bench import Arm, ArmOutcome, Bench, How, Progress, Verdicts, content_of
-from safety_neurons.studies.losses import Loss, lost
+from safety_neurons.studies.losses import Loss, answered_or_kept, lost
 from safety_neurons.studies.verification import CEILING, Ceiling, SubjectModels, by_parameters
 
 RANDOM, TRUTH = "random", "truth"
@@ -120,6 +122,14 @@ class MethodResult(Recorded[MethodRecord]):
     """
     necessity_against_random: Difference | None
     """Refusals lost with the set off, minus those lost with random sets off."""
+    behind: Difference | None
+    """Refusals with the method's set that restores most patched in, minus those with this one, over the same
+    requests; None for that set itself, a random one and the truth.
+    """
+    necessity_behind: Difference | None
+    """Refusals lost with the set off that costs most, minus those lost with this one off; of neither a broken
+    answer is a loss. None for that set itself, one that breaks the model, a random one and the truth.
+    """
     seconds: float
     """Wall time of finding, in seconds; 0 for random sets and the truth."""
     neurons: NeuronSet = dataclasses.field(metadata=called(None))
@@ -410,6 +420,8 @@ class _Rows:
         """By row, on every harmful request: whether it is refused with the set patched in, and with it
         off.
         """
+        self.kept: dict[str, Verdicts] = {}
+        """By row the latter, where a broken answer is what the model as it is does."""
 
     def ahead(self, candidates: Sequence[Candidate], everything: NeuronSet) -> None:
         """Let the models answer under all sets in as few batches as they fit in, all neurons among them."""
@@ -439,6 +451,7 @@ class _Rows:
         verdicts, groups = (off.refused, off.complied, off.broken), self.bench.harmful.groups
         general = self.perplexity(without)
         self.verdicts[name] = outcome.harmful, off.refused
+        self.kept[name] = answered_or_kept(self.before, off.refused, off.broken)
         return MethodResult(
             method=name,
             n_neurons=len(neurons),
@@ -454,6 +467,8 @@ class _Rows:
             perplexity_off=general,
             against_random=None,
             necessity_against_random=None,
+            behind=None,
+            necessity_behind=None,
             seconds=one.seconds,
             neurons=neurons,
             control=cast(ControlRecord, {"like": one.like, **neurons.control_record()}) if one.like else None,
@@ -507,12 +522,32 @@ class _Rows:
                 told[row.method, "necessity_against_random"] = against_random(
                     _lost(off), [_lost(other) for _, other in chance], shared
                 )
+        told |= self._behind(rows)
         held = dict(zip(told, holm(list(told.values())), strict=True))
 
         def changed(row: MethodResult) -> dict[str, Any]:
             return {name: one for (method, name), one in held.items() if method == row.method}
 
         return [dataclasses.replace(row, **changed(row)) for row in rows]
+
+    def _behind(self, rows: Sequence[MethodResult]) -> dict[tuple[str, str], Difference]:
+        """How far each method is behind the first one, in what it restores and in what is lost without it:
+        intervals of two methods lie apart or overlap whatever they do to one and the same request.
+        """
+        own = [row for row in rows if row.method != TRUTH and not row.method.startswith(RANDOM)]
+        patched_in = [(row, row.causal_effect.value, self.verdicts[row.method][0]) for row in own]
+        off = [
+            (row, None if row.loss.breaks else row.loss.sound.value, _lost(self.kept[row.method]))
+            for row in own
+        ]
+        found = {}
+        for name, measured in (("behind", patched_in), ("necessity_behind", off)):
+            known = [(value, row, outcomes) for row, value, outcomes in measured if value is not None]
+            _, first, most = max(known, key=lambda one: one[0], default=(None, None, ()))
+            for _, row, outcomes in known:
+                if row is not first:
+                    found[row.method, name] = paired_difference(most, outcomes, self.bench.harmful.groups)
+        return found
 
 
 def routed_keys(neurons: NeuronSet) -> list[str]:
@@ -719,7 +754,8 @@ class Ranking(Displayed):
 
     @property
     def leaders(self) -> list[LeaderRecord]:
-        """For each group and measure, the methods whose mean is the best.
+        """For each group and measure, the methods whose mean is the best, those that come next, and the
+        difference of the two over the same organisms.
 
         Random sets, the truth and times take no part.
         """
@@ -734,10 +770,23 @@ class Ranking(Displayed):
             ]
             means = [one.mean for one in here if one.mean is not None]
             if means:
-                best = (min if measure in SMALLER_IS_BETTER else max)(means)
-                names = [one.method for one in here if one.mean == best]
-                leaders.append({"group": group, "measure": measure, "methods": names, "mean": best})
-        return leaders
+                best, *others = sorted(set(means), reverse=measure not in SMALLER_IS_BETTER)
+                first, second = (
+                    [one for one in here if one.mean == mean] for mean in (best, next(iter(others), None))
+                )
+                leaders.append(
+                    {
+                        "group": group,
+                        "measure": measure,
+                        "methods": [one.method for one in first],
+                        "mean": best,
+                        "next": [one.method for one in second] if others else [],
+                        "ahead": _over_organisms(first[0], second[0]) if others else None,
+                    }
+                )
+        told = holm([Difference.from_json(one["ahead"]) for one in leaders if one["ahead"] is not None])
+        held = iter(told)
+        return [one if one["ahead"] is None else {**one, "ahead": next(held).to_json()} for one in leaders]
 
     def record(self) -> RankingRecord:
         """As JSON values."""
@@ -747,6 +796,14 @@ class Ranking(Displayed):
             "leaders": self.leaders,
             "measures": MEASURES,
         }
+
+
+def _over_organisms(first: Standing, second: Standing) -> DifferenceRecord:
+    """The first minus the second over the organisms on which both are defined."""
+    values = [[one.by_organism.get(name) for name in first.by_organism] for one in (first, second)]
+    found = paired_difference(*values)
+    why = f"not shown: {numbered(found.n, 'organism')}, at least {FEWEST_SEEDS} are needed"
+    return (dataclasses.replace(found, why=why) if found.n < FEWEST_SEEDS else found).to_json()
 
 
 def rank(

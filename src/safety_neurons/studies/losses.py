@@ -72,16 +72,21 @@ def lost(
         kind: rate([None if one is None else one == kind for one in became], labels)
         for kind in ("refused", "harm", "broken", "neither")
     }
-    kept = [
-        was if none and not now else now
-        for was, now, none in zip(before.harmful, refused, broken, strict=True)
-    ]
+    kept = answered_or_kept(before, refused, broken)
     more = paired_difference(broken, before.broken, groups)
     return Loss(
         **shares,
         more_broken=more,
         sound=paired_difference(before.harmful, kept, groups),
         breaks=_breaks(before, rate(broken).value, more, perplexity),
+    )
+
+
+def answered_or_kept(before: ArmOutcome, refused: Verdicts, broken: Sequence[bool]) -> Verdicts:
+    """Whether each request is refused, a broken answer counted as what the model does as it is."""
+    return tuple(
+        was if none and not now else now
+        for was, now, none in zip(before.harmful, refused, broken, strict=True)
     )
 
 
