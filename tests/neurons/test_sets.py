@@ -1,5 +1,6 @@
 import itertools
 import json
+import math
 from collections import Counter
 
 import numpy as np
@@ -11,6 +12,7 @@ from safetensors.numpy import save_file
 
 from safety_neurons.errors import ForeignModelError, NeuronError, RunError, UsageError
 from safety_neurons.neurons import HandMadeWarning, NeuronSet, Provenance, Scores, SiteInfo, SiteTable
+from safety_neurons.neurons.sets import extra_variance
 
 
 def pairs(neurons):
@@ -437,3 +439,39 @@ def test_the_notebook_table_is_escaped_and_fetches_nothing():
     assert "http" not in shown._repr_html_()
     assert "q 1" in repr(shown)
     assert repr(NeuronSet({})) == "NeuronSet(0 neurons)"
+
+
+@pytest.mark.parametrize("forced", [False, True])
+@pytest.mark.parametrize("sizes", [(1,), (2,), (3,), (5,), (1, 3), (2, 5)])
+def test_a_set_differs_from_random_ones_that_keep_clear_of_it_by_as_much_as_is_said(sizes, forced):
+    """Over every set of so many of seven units in each layer and everything that may be drawn beside it."""
+    weights, apart, among = np.random.default_rng(0).normal(size=7), 0.0, 0.0
+    for size in sizes:
+        every = [frozenset(one) for one in itertools.combinations(range(7), size)]
+        for mine in every:
+            if 2 * size <= 7:
+                drawn = [one for one in every if not one & mine]
+            else:
+                drawn = [one for one in every if not forced or one | mine == set(range(7))]
+            sums = [weights[list(one)].sum() for one in drawn]
+            among += np.var(sums) / len(every)
+            apart += (weights[list(mine)].sum() - np.mean(sums)) ** 2 / len(every)
+    found = extra_variance([(size, 7) for size in sizes], forced=forced)
+    assert found == pytest.approx(apart / among)
+
+
+def test_a_random_set_says_how_much_the_set_may_differ_from_it():
+    table = SiteTable("M", 1, tuple(SiteInfo(f"layers.{layer}.down", 10, 1, 0) for layer in range(2)))
+    neurons = NeuronSet({"layers.0.down": range(3), "layers.1.down": range(4)}, table)
+    assert neurons.random_like(0)[0].extra_variance == pytest.approx(extra_variance([(3, 10), (4, 10)]))
+    assert neurons.extra_variance == 1.0
+
+
+def test_random_sets_that_keep_clear_of_half_are_one_and_the_same(tmp_path):
+    table = SiteTable("M", 1, (SiteInfo("layers.0.down", 10, 1, 0), SiteInfo("layers.1.down", 10, 1, 0)))
+    half = NeuronSet({"layers.0.down": range(5)}, table)
+    assert half.random_like(0)[0] == half.random_like(1)[0]
+    assert half.random_like(0)[0].extra_variance == math.inf
+    half.random_like(0)[0].save(tmp_path / "n.safetensors")
+    assert NeuronSet.load(tmp_path / "n.safetensors").extra_variance == math.inf
+    assert NeuronSet({"layers.0.down": range(10)}, table).random_like(0)[0].extra_variance == 1.0  # itself

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from safety_neurons.errors import NeuronError
-from safety_neurons.neurons.sets import NeuronSet
+from safety_neurons.neurons.sets import NeuronSet, extra_variance, written_extra
 from safety_neurons.neurons.table import Provenance, SiteTable, parse_key
 
 
@@ -75,6 +75,11 @@ def _one(
         "like": like,
         "disjoint": not shared,
         "not_disjoint": sorted(shared),
+        **written_extra(
+            extra_variance(
+                ((len(mine), len(experts[1][layer])) for layer, mine in experts[0].items()), forced=True
+            )
+        ),
     }
     provenance = Provenance(
         "neurons", "random", origin.models, table.fingerprint, origin.prompts_sha256, config

@@ -5,6 +5,7 @@ sets and scores are shown.
 import abc
 import dataclasses
 import functools
+import math
 import os
 import warnings
 from collections import deque
@@ -32,6 +33,35 @@ from safety_neurons.neurons.table import (
 from safety_neurons.results import html_table
 
 
+def extra_variance(parts: Iterable[tuple[int, int]], *, forced: bool = False) -> float:
+    """Variance of what a set does minus what many random sets like it do on average, were it a random one
+    itself, in units of the variance between these.
+
+    Of draws from everything it is 1. Random sets that keep clear of k of N units are drawn from the N − k
+    others: they have more in common with one another, and less with the set, than sets have by chance, so
+    that it is N ÷ (N − 2 k) where every unit does as much; infinite at half, where there is one such set.
+
+    Args:
+        parts: of every layer how many units the set takes, and of how many.
+        forced: whether a set of more than half is held against sets that take all it leaves, and not against
+            draws from everything.
+
+    Source: none; sums over draws without replacement (`tests/neurons/test_sets.py` draws them).
+    """
+    apart = among = 0.0
+    for taken, whole in parts:
+        left = whole - taken
+        if 2 * taken <= whole:
+            apart += taken * whole / max(left, 1)
+            among += taken * (whole - 2 * taken) / max(left, 1)
+        elif forced:
+            apart += whole * left / taken
+            among += (2 * taken - whole) * left / taken
+        else:
+            apart, among = apart + taken * left / whole, among + taken * left / whole
+    return apart / among if among > 0 else math.inf if apart > 0 else 1.0
+
+
 def moved_units(
     members: Mapping[str, Int64[np.ndarray, " member"]], table: SiteTable, seed: tuple[int, ...]
 ) -> dict[str, np.ndarray]:
@@ -50,6 +80,19 @@ def moved_units(
         if held:
             moved |= _moved(block, held, np.random.default_rng([*seed, *parse_key(block.keys[0]).order]))
     return moved
+
+
+def written_extra(extra: float) -> dict[str, float | None]:
+    """As an entry of a provenance, which holds no infinite number."""
+    return {"extra_variance": extra if math.isfinite(extra) else None}
+
+
+def _taken(members: Mapping[str, np.ndarray], table: SiteTable) -> Iterator[tuple[int, int]]:
+    """Of every layer (and expert) how many units a set takes, and of how many."""
+    for block in table.blocks:
+        held = [block.held(key, members[key]) for key in block.keys if key in members]
+        if held:
+            yield int(np.count_nonzero(np.sum(held, axis=0))), block.n_units
 
 
 def _moved(
@@ -490,6 +533,12 @@ class NeuronSet(ByMatrix):
         """
         return bool(self.provenance.config.get("disjoint", True))
 
+    @property
+    def extra_variance(self) -> float:
+        """Of a random control `extra_variance` of the set it is like; 1 for every other set."""
+        extra = self.provenance.config.get("extra_variance", 1.0)
+        return math.inf if extra is None else float(extra)
+
     def control_record(self) -> dict[str, int | bool]:
         """What a random control is, as JSON values: `seed` and `number` of its draw, `n_neurons`, `n_units`,
         `disjoint`.
@@ -535,6 +584,7 @@ class NeuronSet(ByMatrix):
             "like": _summary(self),
             "disjoint": not shared,
             "not_disjoint": shared,
+            **written_extra(extra_variance(_taken(self._vectors, table))),
             **searched,
         }
         return NeuronSet(
@@ -560,6 +610,11 @@ class NeuronSet(ByMatrix):
                 "table=model.table"
             )
         return self.table
+
+
+def extra_of(controls: Iterable[NeuronSet]) -> float:
+    """The largest `extra_variance` of some random controls; 1 without any."""
+    return max((control.extra_variance for control in controls), default=1.0)
 
 
 def header(provenance: Provenance, table: SiteTable | None) -> dict[str, str]:

@@ -93,7 +93,7 @@ def auroc(scores: Scores, unsafe: Labels, groups: GroupLabels = None) -> Rate:
     return Rate(area, low, high, len(scores), lost)
 
 
-def area_difference(part: AreaPart, *, random: bool = False) -> Difference:
+def area_difference(part: AreaPart, *, random: bool = False, extra: float = 1.0) -> Difference:
     """AUROC of the first classifier minus the mean AUROC of the others on the same examples.
 
     The variance is DeLong's for paired areas, over clusters; what any classifier left unscored (NaN) is left
@@ -104,16 +104,19 @@ def area_difference(part: AreaPart, *, random: bool = False) -> Difference:
     Args:
         part: the classifiers.
         random: whether the others are classifiers on random sets.
+        extra: as for `against_random`.
 
     Raises:
         InputError: nothing to compare with.
 
     Source: DeLong et al., Biometrics 1988; of clusters Obuchowski, Biometrics 1997.
     """
-    return mean_area_difference([part], random=random)
+    return mean_area_difference([part], random=random, extra=extra)
 
 
-def mean_area_difference(parts: Sequence[AreaPart], *, random: bool = False) -> Difference:
+def mean_area_difference(
+    parts: Sequence[AreaPart], *, random: bool = False, extra: float = 1.0
+) -> Difference:
     """`area_difference` averaged over parts, such as languages left out: the same classifiers in the same
     order, other examples.
 
@@ -142,10 +145,10 @@ def mean_area_difference(parts: Sequence[AreaPart], *, random: bool = False) -> 
         areas.append([float(pair[0].mean()) for pair in pairs])
     value, drawn = float(np.mean(values)), np.mean(areas, axis=0).tolist()
     variance_parts = [(float(sum(variances)) / len(parts) ** 2, freedom)] + (
-        [between(drawn, 1.0)] if random else []
+        [between(drawn, extra)] if random else []
     )
     half = half_width(variance_parts)
-    why = too_few_sets(len(drawn)) if random else None
+    why = too_few_sets(len(drawn), extra) if random else None
     return Difference(
         value,
         max(-1.0, value - half),

@@ -231,17 +231,21 @@ def difference_over_seeds(
     return dataclasses.replace(difference, by_seed=means)
 
 
-def against_random(treated: Outcomes, random: Sequence[Outcomes], groups: GroupLabels = None) -> Difference:
+def against_random(
+    treated: Outcomes, random: Sequence[Outcomes], groups: GroupLabels = None, extra: float = 1.0
+) -> Difference:
     """A treatment against random sets: treated − the mean of the sets, told as a difference from the next set
     to be drawn.
 
-    Variance over prompts (paired) and variance between the sets × (1 + 1/R), Student's quantile with R − 1
-    degrees of freedom for the latter. With fewer than three sets nothing can be clear.
+    Variance over prompts (paired) and variance between the sets × (extra + 1/R), Student's quantile with R −
+    1 degrees of freedom for the latter. With fewer than three sets nothing can be clear.
 
     Args:
         treated: outcomes under the treatment, one per prompt.
         random: outcomes of the same prompts under every random set.
         groups: what prompts share.
+        extra: variance of a set beside random ones in units of that between these: 1, and more where they
+            keep clear of the set (`NeuronSet.extra_variance`).
 
     Raises:
         InputError: no random set, or lists of different length.
@@ -266,15 +270,18 @@ def against_random(treated: Outcomes, random: Sequence[Outcomes], groups: GroupL
     # they have to be apart too.
     steady = [math.asin(math.sqrt(mean)) for mean in means] if bounded else []
     also = (
-        p_value(steady[0] - sum(steady[1:]) / len(steady[1:]), [between(steady[1:], 1.0)]) if steady else 0.0
+        p_value(steady[0] - sum(steady[1:]) / len(steady[1:]), [between(steady[1:], extra)])
+        if steady
+        else 0.0
     )
-    return _difference(
-        differences, groups, _scale(rows), [between(means[1:], 1.0)], too_few_sets(len(means) - 1), also
-    )
+    spread, why = [between(means[1:], extra)], too_few_sets(len(means) - 1, extra)
+    return _difference(differences, groups, _scale(rows), spread, why, also)
 
 
-def too_few_sets(sets: int) -> str | None:
+def too_few_sets(sets: int, extra: float = 1.0) -> str | None:
     """Why nothing can be clear against so few random sets; None where something can."""
+    if math.isinf(extra):
+        return "not shown: random sets that keep clear of half of the units are one and the same"
     many = f"{sets} random set{'' if sets == 1 else 's'}"
     return (
         None
@@ -672,7 +679,7 @@ def between(means: Sequence[float], extra: float) -> tuple[float, float]:
     Infinite where there is only one.
     """
     many = len(means)
-    if many < 2:
+    if many < 2 or math.isinf(extra):
         return math.inf, 0.0
     return float(np.var(means, ddof=1)) * (extra + 1 / many), many - 1.0
 

@@ -677,6 +677,7 @@ def contrast(
     random: Sequence[Verdicts] = (),
     goal: Verdicts | None = None,
     measure: str = MEASURE,
+    extra: float = 1.0,
 ) -> Contrasted:
     """An arm against the untreated one, against random sets, and on the way to the aligned model.
 
@@ -687,6 +688,7 @@ def contrast(
         random: those under random sets.
         goal: those of the aligned model of a pair.
         measure: what the verdicts say.
+        extra: variance beside the random sets, as for `against_random`.
     """
 
     def effect(verdicts: Verdicts) -> Effect:
@@ -704,7 +706,7 @@ def contrast(
 
     return Contrasted(
         paired_difference(treated, untreated, groups),
-        against_random(treated, random, groups) if random else None,
+        against_random(treated, random, groups, extra) if random else None,
         effect(treated),
         tuple(effect(verdicts) for verdicts in random),
     )

@@ -42,6 +42,7 @@ from safety_neurons.model import LanguageModel, load_pair
 from safety_neurons.model.batches import BatchSize
 from safety_neurons.model.files import open_organism
 from safety_neurons.neurons import SITES, NeuronSet, Scores, SiteTable, parse_key
+from safety_neurons.neurons.sets import extra_of
 from safety_neurons.prompt_lists import Prompts, as_prompts, prompts
 from safety_neurons.prompt_lists.readers import Source
 from safety_neurons.results import (
@@ -507,7 +508,7 @@ class _Rows:
     def compared(self, rows: Sequence[MethodResult]) -> list[MethodResult]:
         """The rows, each method's beside the random sets; of more than ten, the family-wise rate is held."""
         chance = [self.verdicts[row.method] for row in rows if row.method.startswith(RANDOM)]
-        shared = self.bench.harmful.groups
+        shared, extra = self.bench.harmful.groups, extra_of(row.neurons for row in rows)
         told: dict[tuple[str, str], Difference] = {}
         for row in rows:
             if row.method.startswith(RANDOM):
@@ -516,11 +517,11 @@ class _Rows:
             if chance:
                 patched_in, off = self.verdicts[row.method]
                 told[row.method, "against_random"] = against_random(
-                    patched_in, [one for one, _ in chance], shared
+                    patched_in, [one for one, _ in chance], shared, extra
                 )
                 # Lost with the set off: the sign of refusals with it off.
                 told[row.method, "necessity_against_random"] = against_random(
-                    _lost(off), [_lost(other) for _, other in chance], shared
+                    _lost(off), [_lost(other) for _, other in chance], shared, extra
                 )
         told |= self._behind(rows)
         held = dict(zip(told, holm(list(told.values())), strict=True))

@@ -22,6 +22,7 @@ from safety_neurons.interventions.by_row import SetTreatment
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.batches import BatchSize
 from safety_neurons.neurons import SITES, NeuronSet, parse_key
+from safety_neurons.neurons.sets import extra_of
 from safety_neurons.prompt_lists import Prompts, as_prompts, hanging_together
 from safety_neurons.prompt_lists.readers import Source
 from safety_neurons.results import Difference, Effect, Rate, holm, paired_difference, rate
@@ -291,7 +292,9 @@ class Matrix:
             )
         random = list(map(self.refused, drawn))
         cells = [
-            self._cell(name, group, treated[group], [outcomes[group] for outcomes in random])
+            self._cell(
+                name, group, treated[group], [outcomes[group] for outcomes in random], extra_of(controls)
+            )
             for group in self.groups.names
         ]
         return [dataclasses.replace(cell, controls=tuple(controls)) for cell in cells]
@@ -300,9 +303,11 @@ class Matrix:
         """The model under the treatment of a set."""
         return Arm(f"{name} of {len(neurons)}", self.model, self.treat(neurons))
 
-    def _cell(self, name: str, group: str, treated: Verdicts, random: Sequence[Verdicts]) -> Cell:
+    def _cell(
+        self, name: str, group: str, treated: Verdicts, random: Sequence[Verdicts], extra: float
+    ) -> Cell:
         labels, goal = self.groups.members[group].groups, None if self.goal is None else self.goal[group]
-        found = contrast(treated, self.untreated[group], labels, random=random, goal=goal)
+        found = contrast(treated, self.untreated[group], labels, random=random, goal=goal, extra=extra)
         rates = tuple(rate(outcomes).value for outcomes in random)
         cell = Cell(name, group, rate(treated, labels), found.change, found.against_random, rates)
         if goal is None:

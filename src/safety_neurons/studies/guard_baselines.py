@@ -21,6 +21,7 @@ from safety_neurons.model import BatchSize, LanguageModel
 from safety_neurons.model.loading import load_as
 from safety_neurons.model.passes import residual_stream
 from safety_neurons.neurons import NeuronSet, Scores
+from safety_neurons.neurons.sets import extra_of
 from safety_neurons.prompt_lists import Prompts
 from safety_neurons.results import AreaPart, auroc, holm_in, mean_area_difference
 from safety_neurons.results.records import GuardCountRecord, GuardSettingRecord
@@ -535,7 +536,7 @@ class _SetAreas:
             areas.append([auroc(scores, labels).value or 0.0 for scores in found])
             parts.append(AreaPart(found[0], found[1:], labels, self.groups(test)))
         means = np.mean(areas, axis=0)
-        difference = mean_area_difference(parts, random=True).to_json()
+        difference = mean_area_difference(parts, random=True, extra=extra_of(sets[1:])).to_json()
         return {
             "setting": setting.name,
             "auroc": float(means[0]),

@@ -27,6 +27,7 @@ from safety_neurons.guard.features import begun_answer
 from safety_neurons.guard.fit import LEAST, further_readings, largest_scores
 from safety_neurons.model import BatchSize, LanguageModel
 from safety_neurons.neurons import NeuronSet
+from safety_neurons.neurons.sets import extra_of
 from safety_neurons.prompt_lists import Prompts
 from safety_neurons.results import (
     AreaPart,
@@ -87,6 +88,7 @@ class ScoredCases:
             same requests.
         flagged: 1 where the guard flags, truncated requests too; NaN of those that could not be read.
         seed: of bootstraps.
+        extra: variance beside random sets, as for `against_random`.
     """
 
     cases: Cases
@@ -94,6 +96,7 @@ class ScoredCases:
     reference: str
     flagged: Float64[np.ndarray, " case"]
     seed: int = 0
+    extra: float = 1.0
 
     def groups(self) -> dict[str, list[str]]:
         """Classifiers by the name of their row: random sets are one."""
@@ -167,7 +170,7 @@ class ScoredCases:
         """The reference's area minus that of a classifier, or of random sets."""
         ours, others = self.scores[self.reference][rows], [self.scores[member][rows] for member in members]
         part = AreaPart(ours, others, self.cases.unsafe[rows], self.cases.groups(rows))
-        return area_difference(part, random=name == RANDOM).to_json()
+        return area_difference(part, random=name == RANDOM, extra=self.extra).to_json()
 
     def area(self, members: Sequence[str], rows: Int[np.ndarray, " row"]) -> AreaRecord:
         """AUROC with its interval; of several sets their mean, lowest and highest."""
@@ -517,7 +520,7 @@ class _Classifiers:
         self, guard: Guard, cases: Cases, read: Read, sets: dict[str, NeuronSet], seed: int, say: Progress
     ) -> None:
         self.guard, self.cases, self.read, self.seed, self.say = guard, cases, read, seed, say
-        self.labels = cases.unsafe
+        self.labels, self.extra = cases.unsafe, extra_of(sets.values())
         self.classifiers = baselines(read, cases.texts, self.labels, REFITTED)
         self.fit = cases.where(FIT)
         self.written = cases.where(AS_WRITTEN)
@@ -583,7 +586,8 @@ class _Classifiers:
                 continue
             self.say(f"fit {name}")
             scores[name] = self._scores(baseline, plan)
-        return ScoredCases(self.cases, scores, GUARD if len(self.fit) else REFITTED, flagged, self.seed)
+        reference = GUARD if len(self.fit) else REFITTED
+        return ScoredCases(self.cases, scores, reference, flagged, self.seed, self.extra)
 
     def _scores(self, baseline: Baseline, plan: Sequence[tuple[Rows, Rows]]) -> Float64[np.ndarray, " case"]:
         found = np.full(len(self.cases), np.nan)
@@ -665,7 +669,7 @@ class _Classifiers:
         own = scores[REFITTED][test]
         flagged = np.full(len(self.cases), np.nan)
         flagged[test] = np.where(np.isnan(own), np.nan, own >= 0)
-        return ScoredCases(self.cases, scores, REFITTED, flagged, self.seed)
+        return ScoredCases(self.cases, scores, REFITTED, flagged, self.seed, self.extra)
 
     def _can_fit(self, rows: Rows) -> bool:
         n_unsafe = int(self.labels[rows].sum())

@@ -18,6 +18,7 @@ from safety_neurons.guard.verdict import said_of_unread
 from safety_neurons.interventions import scaled
 from safety_neurons.model import LanguageModel
 from safety_neurons.neurons import NeuronSet
+from safety_neurons.neurons.sets import extra_of
 from safety_neurons.prompt_lists.readers import Source
 from safety_neurons.results import Difference, Rate, holm, rate
 from safety_neurons.results.measured import DoseRecord, ScalingRecord
@@ -132,11 +133,13 @@ def verify_scale(
             for number, control in enumerate(controls)
         )
         chance, groups = () if factor == 1 else random, bench.harmful.groups
-        told = contrast(
-            treated.harmful, untreated.harmful, groups, random=[outcome.harmful for outcome in chance]
-        )
-        harm = contrast(
-            treated.complied, untreated.complied, groups, random=[outcome.complied for outcome in chance]
+        told, harm = (
+            contrast(
+                *(getattr(treated, kind), getattr(untreated, kind), groups),
+                random=[getattr(outcome, kind) for outcome in chance],
+                extra=extra_of(controls),
+            )
+            for kind in ("harmful", "complied")
         )
         against = told.against_random, harm.against_random
         doses.append(Dose(factor, treated, told.change, harm.change, *against, random))

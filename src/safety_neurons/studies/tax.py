@@ -34,6 +34,7 @@ from safety_neurons.model import LanguageModel, check_pair
 from safety_neurons.model.batches import BatchSize
 from safety_neurons.model.hooks import evaluating
 from safety_neurons.neurons import NeuronSet, Provenance, Scores, parse_key
+from safety_neurons.neurons.sets import extra_of
 from safety_neurons.prompt_lists import Prompts, as_prompts
 from safety_neurons.prompt_lists.readers import Source
 from safety_neurons.results import Completions, holm_in, rate
@@ -345,7 +346,13 @@ class CrossPatching(Displayed):
             [getattr(arm, measure) for arm in self.random[receiver]],
         )
         contrasted = contrast(
-            after, before, self._groups(measure), random=random, goal=donor, measure=measure
+            after,
+            before,
+            self._groups(measure),
+            random=random,
+            goal=donor,
+            measure=measure,
+            extra=extra_of(self.controls),
         )
         return {
             "change": contrasted.change.to_json(),

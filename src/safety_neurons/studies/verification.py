@@ -30,6 +30,7 @@ from safety_neurons.model import LanguageModel
 from safety_neurons.model.adapters import is_adapted
 from safety_neurons.neurons import NeuronSet, Scores, SiteTable, parse_key
 from safety_neurons.neurons.experts import experts_of, random_experts, whole_experts
+from safety_neurons.neurons.sets import extra_of
 from safety_neurons.prompt_lists.readers import Source
 from safety_neurons.results import Difference, Effect, difference_over_seeds, holm, paired_difference
 from safety_neurons.results.estimates import GroupLabels
@@ -393,15 +394,16 @@ class SubjectModels:
         """What the model does then."""
         return self.bench.measure(self.arm(name, neurons))
 
-    def contrast(self, treated: ArmOutcome, random: Sequence[ArmOutcome] = ()) -> Contrasted:
+    def contrast(
+        self, treated: ArmOutcome, random: Sequence[ArmOutcome] = (), extra: float = 1.0
+    ) -> Contrasted:
         """Refusals of harmful requests under a treatment, against the model as it is, random sets and the
         donor.
         """
         goal = None if self.goal is None else self.goal.harmful
         chance = [outcome.harmful for outcome in random]
-        return contrast(
-            treated.harmful, self.untreated.harmful, self.bench.harmful.groups, random=chance, goal=goal
-        )
+        told: dict[str, Any] = {"random": chance, "goal": goal, "extra": extra}
+        return contrast(treated.harmful, self.untreated.harmful, self.bench.harmful.groups, **told)
 
     def effect(self, treated: ArmOutcome) -> Effect:
         """The causal effect of a treatment."""
@@ -467,7 +469,7 @@ def _verify(
                 "more than half of a layer"
             )
         random = tuple(itertools.starmap(subject.measure, _random(members, controls)))
-        contrasted = subject.contrast(treated, random)
+        contrasted = subject.contrast(treated, random, extra_of(controls))
         points.append(
             SizePoint(
                 size,
