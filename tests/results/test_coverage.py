@@ -120,6 +120,22 @@ def test_a_mean_per_token_covers():
     assert inside / draws >= least(draws)
 
 
+def test_a_mean_of_a_long_tail_is_covered_more_often_and_an_even_one_no_wider():
+    """Log-normal divergences of texts, a few of which make up the sum: Student's interval covered .64."""
+    generator, draws, n, inside = np.random.default_rng(12), 300, 32, 0
+    for _ in range(draws):
+        counts = generator.integers(10, 60, n)
+        found = per_token(generator.lognormal(0, 2, n) * counts, counts)
+        inside += found.low <= math.exp(2) <= found.high
+    assert inside / draws >= least(draws, 0.84)
+    values = scipy.stats.norm.ppf((np.arange(n) + 0.5) / n)
+    half = scipy.stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / math.sqrt(n)
+    assert rate(5 + 2 * values).high == pytest.approx(5 + 2 * half)
+    right, left = rate(5 + values**2), rate(5 - values**2)
+    assert right.high - right.value > 1.2 * (right.value - right.low)
+    assert left.value - left.low == pytest.approx(right.high - right.value)
+
+
 UNEVEN = {
     "one of most": lambda generator: np.r_[60, np.full(15, 4)],
     "lognormal": lambda generator: generator.lognormal(2, 1.2, 16).astype(int) + 1,

@@ -34,6 +34,8 @@ _PSEUDO = 1.5
 
 With one and a half no truth is covered less than .944.
 """
+_FEWEST_OF_A_TAIL = 8
+"""Texts or clusters below which their skewness says nothing."""
 _FLIPS = 4999
 _ENUMERATED = 12
 
@@ -46,7 +48,7 @@ def rate(outcomes: Outcomes, groups: GroupLabels = None) -> Rate:
 
     The interval is Clopper and Pearson's where every outcome is 0 or 1 and no prompt shares its group.
     Otherwise outcomes between 0 and 1 get that interval for the number of such outcomes that would vary as
-    the mean over groups does, and any others Student's.
+    the mean over groups does, and any others Student's with Hall's correction for a long tail.
 
     Args:
         outcomes: one per prompt; `None` or NaN means unscored.
@@ -98,7 +100,8 @@ def _rate(
     if not math.isfinite(half) or (not bounded and half == 0):
         return Rate(mean, None, None, n, unscored, why or "no spread to tell an interval from", means)
     if not bounded:
-        return Rate(mean, mean - half, mean + half, n, unscored, why, means)
+        low, high = (mean - half, mean + half) if seeds else sample.ends(mean, half)
+        return Rate(mean, low, high, n, unscored, why, means)
     middle = (sample.total + sample.size) / (sample.n + 2 * sample.size)
     effective = max(1.0, middle * (1 - middle) * (_quantile(math.inf) / half) ** 2 - 2)
     return Rate(mean, *exact(mean * effective, effective), n, unscored, why, means)
@@ -130,7 +133,7 @@ def exact(successes: float | int, n: float | int) -> tuple[float, float]:
 def per_token(totals: Outcomes, token_counts: Sequence[int] | np.ndarray, groups: GroupLabels = None) -> Rate:
     """Sum of the totals ÷ sum of the token counts.
 
-    Student's interval of the ratio over texts, none for a single text.
+    Student's interval of the ratio over texts with Hall's correction for a long tail, none for a single text.
 
     Args:
         totals: a sum over the tokens of each text; `None` or NaN means unscored.
@@ -156,7 +159,7 @@ def per_token(totals: Outcomes, token_counts: Sequence[int] | np.ndarray, groups
     half = half_width([sample.variance(False)])
     if not math.isfinite(half) or half <= 1e-12 * abs(mean):
         return Rate(mean, None, None, len(losses), unscored, "no spread to tell an interval from")
-    return Rate(mean, mean - half, mean + half, len(losses), unscored)
+    return Rate(mean, *sample.ends(mean, half), len(losses), unscored)
 
 
 def perplexity(
@@ -608,6 +611,24 @@ class _Sample:
         residuals = (self.totals - middle * self.sizes) * leverage(self.sizes, whole)
         ends = count * self.size**2 * ((1 - middle) ** 2 + (low - middle) ** 2)
         return (float(residuals @ residuals) + ends) / whole**2, freedom + 2.0
+
+    def ends(self, mean: float, half: float) -> tuple[float, float]:
+        """Student's interval of that half, longer on the side of a long tail: where a few texts make up the
+        sum, a sample without them has a mean and a spread that are both too small.
+
+        Source: Hall, Journal of the Royal Statistical Society B 1992 (monotone cubic transformation of
+        Student's statistic). Differs: never shorter than Student's.
+        """
+        residuals = (self.totals - self.mean * self.sizes) * leverage(self.sizes, self.n)
+        error = math.sqrt(self.variance(False)[0])
+        skew = float(np.mean(residuals**3)) / float(np.mean(residuals**2)) ** 1.5 / math.sqrt(len(residuals))
+        if abs(skew) < 1e-6 or len(residuals) < _FEWEST_OF_A_TAIL:
+            return mean - half, mean + half
+        few, many = (
+            mean - error * 3 / skew * (math.cbrt(1 + skew * (end / error - skew / 6)) - 1)
+            for end in (half, -half)
+        )
+        return min(few, mean - half), max(many, mean + half)
 
     def flip_p(self) -> float:
         """Two-sided p-value of the total where every cluster's sign might as well be the other: McNemar's
