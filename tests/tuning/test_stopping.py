@@ -10,7 +10,7 @@ from safety_neurons.errors import InputError
 from safety_neurons.model import LanguageModel, token_divergences, token_losses
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.prompt_lists import Prompts
-from safety_neurons.results import Rate
+from safety_neurons.results import Rate, rate
 from safety_neurons.tuning import attach, stopping
 from safety_neurons.tuning.stopping import (
     DRIFT,
@@ -139,6 +139,16 @@ def test_a_judge_goes_on_from_its_state():
 def test_a_check_needs_prompts_of_both_kinds():
     with pytest.raises(InputError, match="2 harmful and 0 harmless held-out prompts"):
         StopCheck(PROMPTS, Prompts([]), lambda found: [])
+
+
+def test_copies_in_a_check_are_no_further_evidence():
+    model = LanguageModel(tiny_llama(), tiny_tokenizer())
+    copies = Prompts.from_list(["how do i"] * 2)
+    check = StopCheck(copies, copies, lambda found: [True] * len(found))
+    with attach(model, NeuronSet({"layers.0.up": [0]}, model.table)) as deltas:
+        found = check.measure(model, deltas, 0)
+    for one in (found.harmful_refused, found.harmless_refused):
+        assert (one.low, one.n) == (rate([True]).low, 2)
 
 
 def test_a_check_measures_divergence_from_the_untouched_model_to_the_tuned_one():

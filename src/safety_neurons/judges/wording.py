@@ -26,6 +26,7 @@ from safety_neurons.judges.judgement import (
     sentences,
 )
 from safety_neurons.results import Completion, Completions, Rate, rate, read_json
+from safety_neurons.results.completions import shared_by
 
 ENGLISH = "en"
 FEW = 6
@@ -825,7 +826,7 @@ def judge_compliance(
     complied = tuple(_complies(completion, tuple(openings)) for completion in completions)
     known = completions if isinstance(completions, Completions) else Completions(completions)
     marked = known.with_verdicts(name, [{"complied": verdict} for verdict in complied])
-    return ComplianceJudgement(name, complied, rate(list(complied)), marked)
+    return ComplianceJudgement(name, complied, rate(list(complied), shared_by(marked)), marked)
 
 
 class ComplianceJudge(Judge):

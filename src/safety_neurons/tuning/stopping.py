@@ -148,8 +148,8 @@ class StopCheck:
             answers = self.answers(model)
         if not step:
             self._untouched.setdefault("answers", answers)
-        harmful = rate(self.refused(self._complete(model, self.harmful)))
-        harmless = rate(self.refused(answers))
+        harmful = rate(self.refused(self._complete(model, self.harmful)), self.harmful.groups)
+        harmless = rate(self.refused(answers), self.harmless.groups)
         if not step:
             return Checked(step, harmful, harmless, 0.0)
         return Checked(
