@@ -84,19 +84,6 @@ def refused(*words: object, code: int = 1) -> str:
     return as_json.json["error"]
 
 
-def interruptible(program: str) -> list[str]:
-    """The command line of a child process that runs `program` and can be interrupted.
-
-    A shell starts what it puts in the background (`&`, `nohup`, many CI runners) with SIGINT ignored,
-    children inherit that, and Python then installs no handler of its own.
-    """
-    return [
-        sys.executable,
-        "-c",
-        f"import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n{program}",
-    ]
-
-
 def record(folder: pathlib.Path | str) -> dict[str, Any]:
     """The run record in a folder."""
     return json.loads((pathlib.Path(folder) / "run.json").read_text(encoding="utf-8"))

@@ -4,11 +4,14 @@ import collections
 import os
 import pathlib
 import signal
-import subprocess
+import sys
+import time
 
 import pytest
-from running import command, done, interruptible, record
+from running import command, done, record
 
+from forked import Forked
+from safety_neurons import cli
 from safety_neurons.detectors import runner
 from safety_neurons.model import language_model
 from safety_neurons.neurons import NeuronSet, Scores
@@ -107,33 +110,29 @@ def test_another_batch_size_in_the_same_folder_is_refused_and_loses_nothing(tiny
     assert {path: path.read_bytes() for path in (tmp_path / "run" / "checkpoints").iterdir()} == files
 
 
-@pytest.mark.slow
-def test_a_process_that_is_killed_goes_on(tiny_pair, tmp_path):
-    # The process says when it has saved and then waits for the end of a pipe that nobody closes, so no kill
-    # falls elsewhere.
-    script = (
-        "import os, sys\n"
-        "from safety_neurons.cli import main\n"
-        "from safety_neurons.detectors import runner\n"
-        "from safety_neurons.results import Checkpoint\n"
-        "Checkpoint.due = True\n"
-        "save = runner.Stream.save\n"
-        "def saved(self):\n"
-        "    save(self)\n"
-        "    os.write(1, b'saved\\n')\n"
-        "    sys.__stdin__.read()\n"
-        "runner.Stream.save = saved\n"
-        "main()\n"
-    )
-    words = [str(word) for word in words_of("importance", tiny_pair, tmp_path / "run")]
-    for kill, code in ((signal.SIGINT, 130), (signal.SIGKILL, -9)):
-        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-        running = subprocess.Popen([*interruptible(script), *words], text=True, **pipes)
-        assert running.stdout.readline() == "saved\n", running.communicate()
-        os.kill(running.pid, kill)
-        out, err = running.communicate()
-        assert running.returncode == code
-        assert out == ""
+def test_a_process_that_is_killed_goes_on(tiny_pair, tmp_path, monkeypatch):
+    words = words_of("importance", tiny_pair, tmp_path / "run")
+    save = runner.Stream.save
+
+    def saved(self):
+        """Says so and waits, so that no signal falls elsewhere."""
+        save(self)
+        os.write(1, b"saved\n")
+        while True:  # A signal that comes right before a wait without end is not noticed in it.
+            time.sleep(0.01)
+
+    def killed():
+        monkeypatch.setattr(run_files.Checkpoint, "due", True)
+        monkeypatch.setattr(runner.Stream, "save", saved)
+        monkeypatch.setattr(sys, "argv", ["safety-neurons", *map(str, words)])
+        cli.main()
+
+    for kill, code in ((signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)):
+        running = Forked(killed)
+        assert running.out.readline() == "saved\n", running.ended()
+        running.send(kill)
+        out, err = running.ended()
+        assert (running.code, out) == (code, "")
         if kill == signal.SIGINT:
             assert err.startswith("safety-neurons: interrupted: nothing finished is lost")
             assert err.count("\n") == 1

@@ -3,9 +3,7 @@
 import concurrent.futures
 import dataclasses
 import json
-import os
 import signal
-import subprocess
 import sys
 
 import httpx
@@ -14,6 +12,8 @@ import pytest
 import torch
 from server_tools import running
 
+from forked import Forked
+from safety_neurons import cli
 from safety_neurons.guard import Classifier, Guard, Pooling, bindings_of, read_features
 from safety_neurons.guard.generate import Detokenizer
 from safety_neurons.guard.server import Limits, Settings, serve_guard
@@ -311,8 +311,8 @@ def test_text_comes_in_whole_characters_and_stops_before_a_stop_text(stop):
 
 
 @pytest.fixture
-def command(guard, lm, tmp_path):
-    """Starts the command on a saved model and guard."""
+def words(guard, lm, tmp_path, monkeypatch):
+    """Of the command, on a saved model and guard."""
     lm.model.save_pretrained(tmp_path / "tiny")
     lm.tokenizer.save_pretrained(tmp_path / "tiny")
     loaded = load(str(tmp_path / "tiny"))
@@ -327,29 +327,33 @@ def command(guard, lm, tmp_path):
         model=loaded,
     )
     bound.save(tmp_path / "guard")
-    words = [sys.executable, "-m", "safety_neurons", "guard", "serve", "--port", "0", "--offline"]
-    words += ["--model", str(tmp_path / "tiny"), "--guard", str(tmp_path / "guard")]
-    environment = {**os.environ, "SAFETY_NEURONS_TOKEN": "a-token-of-this-test"}
+    monkeypatch.setenv("SAFETY_NEURONS_TOKEN", "a-token-of-this-test")
+    words = ["safety-neurons", "guard", "serve", "--port", "0", "--offline"]
+    return [*words, "--model", str(tmp_path / "tiny"), "--guard", str(tmp_path / "guard")]
+
+
+@pytest.fixture
+def command(words, monkeypatch):
+    """Starts it in a process."""
     started = []
 
     def start(*options):
-        process = subprocess.Popen(
-            [*words, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-        )
-        started.append(process)
-        return process
+        with monkeypatch.context() as patched:
+            patched.setattr(sys, "argv", [*words, *options])
+            started.append(Forked(cli.main))
+        return started[-1]
 
     yield start
     for process in started:
-        process.kill()
-        process.wait()
+        process.send(signal.SIGKILL)
+        process.ended()
 
 
 def test_the_command_serves_says_so_and_ends_with_what_it_accepted(command):
     process = command()
     lines = []
     while not lines or not lines[-1].startswith("listening"):
-        lines.append(process.stderr.readline())
+        lines.append(process.err.readline())
         assert lines[-1], "".join(lines)
     address = lines[-1].split()[1]
     assert httpx.get(f"{address}/v1/models", timeout=None).status_code == 401
@@ -360,10 +364,10 @@ def test_the_command_serves_says_so_and_ends_with_what_it_accepted(command):
     ) as answer:
         lines = answer.iter_lines()
         next(lines)
-        process.send_signal(signal.SIGTERM)
+        process.send(signal.SIGTERM)
         assert "[DONE]" in "".join(lines)
-    out, rest = process.communicate()
-    assert process.returncode == 0
+    out, rest = process.ended()
+    assert process.code == 0
     assert out == ""
     assert "POST /v1/chat/completions" in rest
     assert "ended: 0 prompts judged in 0 batches, 1 in the prefill of their answers" in rest
@@ -374,13 +378,13 @@ def test_the_command_serves_says_so_and_ends_with_what_it_accepted(command):
 
 def test_the_command_tells_a_program_its_port_in_one_json_object(command):
     process = command("--json")
-    said = json.loads(process.stdout.readline())
+    said = json.loads(process.out.readline())
     assert said["url"] == f"http://127.0.0.1:{said['port']}"
     assert said["pid"] == process.pid
     assert httpx.get(f"{said['url']}/readyz", timeout=None).status_code == 200
-    process.send_signal(signal.SIGTERM)
-    out, rest = process.communicate()
-    assert (process.returncode, out) == (0, "")
+    process.send(signal.SIGTERM)
+    out, rest = process.ended()
+    assert (process.code, out) == (0, "")
     assert json.loads(rest.splitlines()[-1]).items() >= {"event": "ended", "judged": 0, "answered": 0}.items()
     assert "a-token" not in json.dumps(said) + rest
 
