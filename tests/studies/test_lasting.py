@@ -173,16 +173,14 @@ STUDIES = {
 
 
 @pytest.mark.parametrize("study", STUDIES)
-@pytest.mark.parametrize("trained", [2, 3])
-def test_a_killed_study_goes_on_with_the_training_it_was_in(
-    study, trained, model, sets, lab, tmp_path, monkeypatch
-):
+def test_a_killed_study_goes_on_with_the_training_it_was_in(study, model, sets, lab, tmp_path, monkeypatch):
     steps, backward = [], Loop._backward
+    kinds = 1 if study == "stress" else 2
     study, how = STUDIES[study], plan(arms=(SN, RSN, KEPT), tuning={"epochs": 1, "mix": 1.0, "max_steps": 3})
 
     def counted(loop, step):
         steps.append(step)
-        if len(steps) == trained:
+        if len(steps) == 2:
             raise KeyboardInterrupt
         return backward(loop, step)
 
@@ -190,21 +188,23 @@ def test_a_killed_study_goes_on_with_the_training_it_was_in(
         raise KeyboardInterrupt
 
     expected = study(model, sets, how, lab, cache=Cache(tmp_path.joinpath("whole").joinpath))
-    place = tmp_path.joinpath("killed").joinpath
-    with monkeypatch.context() as patch:
-        if trained < 3:
-            patch.setattr(Loop, "_backward", counted)
-        else:  # The first training is whole, and what follows is not.
-            patch.setattr(lasting, "apply_delta", killed)
-        with pytest.raises(KeyboardInterrupt):
-            study(model, sets, how, lab, cache=Cache(place))
-    steps.clear()
-    monkeypatch.setattr(Loop, "_backward", lambda loop, step: steps.append(step) or backward(loop, step))
-    assert study(model, sets, how, lab, cache=Cache(place)) == expected
-    kinds = 1 if study is STUDIES["stress"] else 2
-    assert steps == [*range(3 if trained == 3 else 1, 3), *range(3)][: len(steps)]
-    assert len(steps) == 3 * kinds - (3 if trained == 3 else 1)
-    assert not list(place("checkpoints").glob("*"))
+    # In the first training; and when that is whole, and what follows is not.
+    for done, (owner, name, dies) in {
+        1: (Loop, "_backward", counted),
+        3: (lasting, "apply_delta", killed),
+    }.items():
+        place = tmp_path.joinpath(f"killed {done}").joinpath
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, dies)
+            with pytest.raises(KeyboardInterrupt):
+                study(model, sets, how, lab, cache=Cache(place))
+        steps.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(Loop, "_backward", lambda loop, step: steps.append(step) or backward(loop, step))
+            assert study(model, sets, how, lab, cache=Cache(place)) == expected
+        assert steps == [*range(done, 3), *range(3)][: len(steps)]
+        assert len(steps) == 3 * kinds - done
+        assert not list(place("checkpoints").glob("*"))
 
 
 def test_a_study_is_refused_at_once_where_nothing_is_left_for_rsn_tune(model, sets, lab):

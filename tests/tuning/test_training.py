@@ -5,6 +5,7 @@ Learning rates and their schedule.
 
 import dataclasses
 import errno
+import functools
 import itertools
 import math
 import os
@@ -77,6 +78,12 @@ def fresh(template=CHAT_TEMPLATE, **config):
 
 def some(model, members=KEYS):
     return NeuronSet(members, model.table)
+
+
+@functools.cache
+def usual():
+    """Some neurons of any fresh model."""
+    return some(fresh())
 
 
 def refuses(found):
@@ -217,7 +224,7 @@ def test_a_step_follows_the_loss_of_refusals_and_the_divergence_from_the_untouch
 
 
 def test_without_an_anchor_harmless_answers_are_learnt():
-    tuned = tune(fresh(), some(fresh()), HARMFUL, epochs=1, anchor=0.0, **{**FAST, "general": TEXTS})
+    tuned = tune(fresh(), usual(), HARMFUL, epochs=1, anchor=0.0, **{**FAST, "general": TEXTS})
     assert tuned.examples["general"] == 0
     assert all(step.divergence == {} for step in tuned.history)
 
@@ -225,11 +232,11 @@ def test_without_an_anchor_harmless_answers_are_learnt():
 def test_a_state_that_strays_is_left_for_the_best_sound_one_in_smaller_steps(tmp_path):
     check = dataclasses.replace(CHECK, max_divergence=1e-4, text=TEXTS, max_perplexity=1.02)
     options = {**FAST, "learning_rate": "auto", "check": check, "epochs": 3, "general": TEXTS}
-    tuned = tune(fresh(), some(fresh()), HARMFUL, **options)
+    tuned = tune(fresh(), usual(), HARMFUL, **options)
     left = [checked for checked in tuned.checks if checked.divergence > 3e-4]
     assert left
     assert tuned.history[-1].factor < factor(tuned.steps - 1, tuned.steps, 0.1)
-    assert same(tuned, tune(fresh(), some(fresh()), HARMFUL, **options))
+    assert same(tuned, tune(fresh(), usual(), HARMFUL, **options))
 
 
 def test_the_anchor_gets_heavier_where_the_model_diverges_and_lighter_where_it_does_not():
@@ -277,29 +284,27 @@ def test_steps_get_as_much_larger_as_their_divergence_is_too_small():
 def test_where_nothing_moves_the_steps_get_larger(monkeypatch):
     monkeypatch.setattr(training, "SHARE", 1e-5)
     check = dataclasses.replace(CHECK, max_divergence=0.05, refused=lambda found: [False] * len(found))
-    tuned = tune(
-        fresh(), some(fresh()), HARMFUL, **{**FAST, "learning_rate": "auto", "check": check, "epochs": 4}
-    )
+    tuned = tune(fresh(), usual(), HARMFUL, **{**FAST, "learning_rate": "auto", "check": check, "epochs": 4})
     last = tuned.history[-1]
     assert last.factor > 2 * factor(last.step - 1, tuned.steps, 0.1)
 
 
 def test_the_same_call_gives_the_same_bits_and_another_seed_others():
-    first, second, third = (tune(fresh(), some(fresh()), HARMFUL, seed=seed, **FAST) for seed in (0, 0, 1))
+    first, second, third = (tune(fresh(), usual(), HARMFUL, seed=seed, **FAST) for seed in (0, 0, 1))
     assert same(first, second)
     assert not same(first, third)
 
 
 def test_accumulation_gives_the_step_of_one_large_batch():
-    whole = tune(fresh(), some(fresh()), HARMFUL, **{**FAST, "batch_size": 6})
-    parts = tune(fresh(), some(fresh()), HARMFUL, accumulate=3, **{**FAST, "batch_size": 2})
+    whole = tune(fresh(), usual(), HARMFUL, **{**FAST, "batch_size": 6})
+    parts = tune(fresh(), usual(), HARMFUL, accumulate=3, **{**FAST, "batch_size": 2})
     assert whole.steps == parts.steps
     for one, other in zip(whole.history, parts.history, strict=True):
         assert one.loss == pytest.approx(other.loss, rel=1e-4)
 
 
 def test_few_examples_still_make_a_step_that_moves_something():
-    tuned = tune(fresh(), some(fresh()), HARMFUL[:1], epochs=1, harmless=None, batch_size=32)
+    tuned = tune(fresh(), usual(), HARMFUL[:1], epochs=1, harmless=None, batch_size=32)
     assert tuned.steps == 1
     assert tuned.history[0].factor == 1
     assert all(bool((tensor != 0).any()) for tensor in tuned.delta.tensors.values())
@@ -328,10 +333,10 @@ def test_the_best_state_is_kept_not_the_last():
         return [number < count for number in range(len(found))]
 
     check = StopCheck(HARMFUL[:4], HARMLESS, refused, every=2, max_new_tokens=2, settled=None)
-    tuned = tune(fresh(), some(fresh()), HARMFUL, check=check, **FAST)
+    tuned = tune(fresh(), usual(), HARMFUL, check=check, **FAST)
     assert tuned.kept == 4
     assert tuned.steps > 4
-    shorter = tune(fresh(), some(fresh()), HARMFUL, **FAST)
+    shorter = tune(fresh(), usual(), HARMFUL, **FAST)
     assert not same(tuned, shorter)
 
 
@@ -341,7 +346,7 @@ def test_training_ends_early_when_harmless_prompts_are_refused():
 
     calls = []
     check = StopCheck(HARMFUL[:4], HARMLESS, refused, every=1, max_new_tokens=2, patience=2)
-    tuned = tune(fresh(), some(fresh()), HARMFUL, check=check, epochs=5, **FAST)
+    tuned = tune(fresh(), usual(), HARMFUL, check=check, epochs=5, **FAST)
     assert tuned.steps == 2 < tuned.planned
     assert tuned.stopped == "harmless prompts are refused"
     assert any("no state kept harmless prompts as they were" in note for note in tuned.notes)
@@ -378,11 +383,11 @@ def test_the_largest_sound_share_of_the_way_to_a_state_that_went_too_far_is_kept
         every=2,
         settled=None,
     )
-    tuned = tune(fresh(), some(fresh()), HARMFUL, check=check, max_steps=2, **FAST)
+    tuned = tune(fresh(), usual(), HARMFUL, check=check, max_steps=2, **FAST)
     assert [round(size / asked[0], 3) for size in asked] == [1.0, 0.5, 0.75, 0.625]
     assert [round(share, 3) for share in measured] == [0.0, 1.0, 0.5, 0.625]  # 0.75 refuses harmless requests
     assert [(each.step, each.share) for each in tuned.checks] == [(2, 1.0), (2, 0.5), (2, 0.625)]
-    whole = tune(fresh(), some(fresh()), HARMFUL, max_steps=2, **FAST).delta
+    whole = tune(fresh(), usual(), HARMFUL, max_steps=2, **FAST).delta
     for key, change in whole.tensors.items():
         assert torch.allclose(tuned.delta.tensors[key], 0.625 * change, rtol=1e-6, atol=0)
     assert tuned.kept == 2
@@ -396,14 +401,19 @@ class Killed(BaseException):
     pass
 
 
+@pytest.fixture(scope="module")
+def whole():
+    """What a call with checks gives."""
+    return tune(fresh(), usual(), HARMFUL, check=CHECK, **FAST)
+
+
 @pytest.mark.parametrize(
     ("due", "steps_a_save"), [(False, 2), (True, 1)], ids=["at checks", "at every step of long work"]
 )
 @pytest.mark.parametrize("saves", [1, 3])
 def test_a_killed_call_gives_the_same_bits_when_it_is_made_again(
-    saves, tmp_path, monkeypatch, due, steps_a_save
+    whole, saves, tmp_path, monkeypatch, due, steps_a_save
 ):
-    whole = tune(fresh(), some(fresh()), HARMFUL, check=CHECK, **FAST)
     checkpoint = Checkpoint(tmp_path / "tune.safetensors")
     monkeypatch.setattr(Checkpoint, "due", due)
     save, done = Checkpoint.save, []
@@ -416,12 +426,10 @@ def test_a_killed_call_gives_the_same_bits_when_it_is_made_again(
 
     monkeypatch.setattr(Checkpoint, "save", dying)
     with pytest.raises(Killed):
-        tune(fresh(), some(fresh()), HARMFUL, check=CHECK, checkpoint=checkpoint, **FAST)
+        tune(fresh(), usual(), HARMFUL, check=CHECK, checkpoint=checkpoint, **FAST)
     monkeypatch.setattr(Checkpoint, "save", save)
     told = []
-    again = tune(
-        fresh(), some(fresh()), HARMFUL, check=CHECK, checkpoint=checkpoint, progress=told.append, **FAST
-    )
+    again = tune(fresh(), usual(), HARMFUL, check=CHECK, checkpoint=checkpoint, progress=told.append, **FAST)
     assert min(status.step for status in told) == steps_a_save * saves + 1
     assert same(whole, again)
     assert whole.history == again.history
@@ -431,7 +439,7 @@ def test_a_killed_call_gives_the_same_bits_when_it_is_made_again(
 
 def test_a_checkpoint_is_safetensors_and_bound_to_its_configuration(tmp_path):
     checkpoint = Checkpoint(tmp_path / "tune.safetensors")
-    tune(fresh(), some(fresh()), HARMFUL, checkpoint=checkpoint, epochs=1, **FAST)
+    tune(fresh(), usual(), HARMFUL, checkpoint=checkpoint, epochs=1, **FAST)
     arrays, state = checkpoint.load()
     assert {name.split("/")[0] for name in arrays} == {"delta", "exp_avg", "exp_avg_sq", "examples"}
     assert state["step"] == 4
@@ -440,12 +448,11 @@ def test_a_checkpoint_is_safetensors_and_bound_to_its_configuration(tmp_path):
         with pytest.raises(
             RunError, match="the checkpoint was written with another (settings|dataset), .* pass overwrite"
         ):
-            tune(fresh(), some(fresh()), checkpoint=checkpoint, **options)
+            tune(fresh(), usual(), checkpoint=checkpoint, **options)
 
 
-def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_previous_checkpoint(whole, tmp_path, monkeypatch):
     checkpoint = Checkpoint(tmp_path / "tune.safetensors")
-    whole = tune(fresh(), some(fresh()), HARMFUL, check=CHECK, **FAST)
     fsync, written = os.fsync, []
 
     def full(handle):
@@ -457,11 +464,11 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(Checkpoint, "due", False)  # however slow the machine, saved at checks alone
     monkeypatch.setattr(run_files.os, "fsync", full)
     with pytest.raises(RunError, match="No space left on device"):
-        tune(fresh(), some(fresh()), HARMFUL, check=CHECK, checkpoint=checkpoint, **FAST)
+        tune(fresh(), usual(), HARMFUL, check=CHECK, checkpoint=checkpoint, **FAST)
     monkeypatch.undo()
     assert checkpoint.load().state["step"] == 4
     assert [path.name for path in tmp_path.iterdir()] == ["tune.safetensors"]
-    assert same(whole, tune(fresh(), some(fresh()), HARMFUL, check=CHECK, checkpoint=checkpoint, **FAST))
+    assert same(whole, tune(fresh(), usual(), HARMFUL, check=CHECK, checkpoint=checkpoint, **FAST))
 
 
 # Bad input
@@ -486,7 +493,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
 )
 def test_options_that_train_nothing_are_refused(options, said):
     with pytest.raises(UsageError, match=said):
-        tune(fresh(), some(fresh()), HARMFUL, **{**FAST, **options})
+        tune(fresh(), usual(), HARMFUL, **{**FAST, **options})
 
 
 def test_an_empty_set_is_refused():
@@ -508,7 +515,7 @@ def test_a_set_from_another_model_is_refused():
 
 def test_data_without_answers_are_refused():
     with pytest.raises(InputError, match="none of 1 records has an answer to learn"):
-        tune(fresh(), some(fresh()), Prompts.from_list(["how"]), **FAST)
+        tune(fresh(), usual(), Prompts.from_list(["how"]), **FAST)
 
 
 def test_a_loss_that_is_no_number_ends_training_in_a_line_and_changes_nothing(tmp_path):
@@ -524,7 +531,7 @@ def test_a_loss_that_is_no_number_ends_training_in_a_line_and_changes_nothing(tm
 
 
 def test_a_batch_that_does_not_fit_is_halved_without_changing_the_step(monkeypatch):
-    expected = tune(fresh(), some(fresh()), HARMFUL, **FAST)
+    expected = tune(fresh(), usual(), HARMFUL, **FAST)
 
     def tight(model, batch, **options):
         if len(batch) > 1:
@@ -532,7 +539,7 @@ def test_a_batch_that_does_not_fit_is_halved_without_changing_the_step(monkeypat
         return forward(model, batch, **options)
 
     monkeypatch.setattr(training, "forward", tight)
-    tuned = tune(fresh(), some(fresh()), HARMFUL, **FAST)
+    tuned = tune(fresh(), usual(), HARMFUL, **FAST)
     assert any("halved" in note for note in tuned.notes)
     for one, other in zip(expected.history, tuned.history, strict=True):
         assert one.loss == pytest.approx(other.loss, rel=1e-3)
@@ -544,7 +551,7 @@ def test_an_example_that_alone_does_not_fit_is_an_error_in_a_line(monkeypatch):
 
     monkeypatch.setattr(training, "forward", never)
     with pytest.raises(ModelError, match="out of memory on one sequence of"):
-        tune(fresh(), some(fresh()), HARMFUL, **FAST)
+        tune(fresh(), usual(), HARMFUL, **FAST)
 
 
 def test_harmless_questions_without_answers_get_the_models_own():
@@ -563,7 +570,7 @@ def test_harmless_questions_without_answers_get_the_models_own():
 
 def test_progress_tells_steps_and_checks():
     told = []
-    tuned = tune(fresh(), some(fresh()), HARMFUL, check=CHECK, progress=told.append, epochs=1, **FAST)
+    tuned = tune(fresh(), usual(), HARMFUL, check=CHECK, progress=told.append, epochs=1, **FAST)
     assert told[0].checked == tuned.before
     assert [status.step for status in told if status.checked is None] == [1, 2, 3, 4]
     assert [status.step for status in told if status.checked is not None] == [0, 2, 4]
@@ -571,7 +578,7 @@ def test_progress_tells_steps_and_checks():
 
 
 def test_passes_of_a_step_may_be_done_by_several_processes_in_any_order(monkeypatch):
-    alone = tune(fresh(), some(fresh()), HARMFUL, epochs=1, **FAST)
+    alone = tune(fresh(), usual(), HARMFUL, epochs=1, **FAST)
     shares = []
 
     def shared(numbers, work):
@@ -580,7 +587,7 @@ def test_passes_of_a_step_may_be_done_by_several_processes_in_any_order(monkeypa
         return iter([done[number] for number in numbers])
 
     monkeypatch.setattr(ranks, "shared", shared)
-    together = tune(fresh(), some(fresh()), HARMFUL, epochs=1, **FAST)
+    together = tune(fresh(), usual(), HARMFUL, epochs=1, **FAST)
     assert max(shares) > 1
     assert together.history == alone.history
     assert same(alone, together)
@@ -598,7 +605,7 @@ def test_weights_that_are_not_in_memory_are_said_not_to_have_been_looked_at(monk
 
 
 def test_a_tuned_change_is_bound_to_the_weights_it_was_trained_on():
-    tuned = tune(fresh(), some(fresh()), HARMFUL, max_steps=1, **FAST)
+    tuned = tune(fresh(), usual(), HARMFUL, max_steps=1, **FAST)
     apply_delta(fresh(), tuned.delta)
     other = fresh()
     with torch.no_grad():
@@ -610,7 +617,7 @@ def test_a_tuned_change_is_bound_to_the_weights_it_was_trained_on():
 def test_a_checkpoint_is_bound_to_the_weights_the_prompts_and_the_check_it_was_made_with(tmp_path):
     checkpoint = Checkpoint(tmp_path / "tune.safetensors")
     options = {"check": CHECK, "checkpoint": checkpoint, "max_steps": 2, **FAST}
-    tune(fresh(), some(fresh()), HARMFUL, **options)
+    tune(fresh(), usual(), HARMFUL, **options)
     other, spoken = fresh(), fresh()
     with torch.no_grad():
         other.model.model.layers[0].self_attn.q_proj.weight[5] += 0.1
@@ -628,7 +635,7 @@ def test_a_checkpoint_is_bound_to_the_weights_the_prompts_and_the_check_it_was_m
 @pytest.mark.parametrize("rate", [1e39, math.inf, math.nan, "much"])
 def test_a_rate_that_is_none_or_that_the_optimizer_overflows_at_is_refused(rate):
     with pytest.raises(UsageError, match="learning_rate .* expected auto or a number (above|below)"):
-        tune(fresh(), some(fresh()), HARMFUL, **{**FAST, "learning_rate": rate})
+        tune(fresh(), usual(), HARMFUL, **{**FAST, "learning_rate": rate})
 
 
 def test_the_automatic_rate_is_relative_to_the_weights():
