@@ -27,7 +27,18 @@ HARMLESS = [
     f"{how} {what}" for how in FRAMES for what in ("grow", "make a cake", "write", "open", "plant a tree")
 ]
 MEMBERS = {"layers.0.up": [0, 1, 2, 3], "layers.0.q": [5], "layers.1.down": [7, 9], "layers.1.o": [1]}
-QUICK = ["--epochs", "2", "--batch-size", "4", "--max-new-tokens", "6", "--text", "none"]
+QUICK = [
+    "--epochs",
+    "2",
+    "--batch-size",
+    "4",
+    "--max-new-tokens",
+    "4",
+    "--text",
+    "none",
+    "--check-every",
+    "8",
+]
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +103,7 @@ def test_tuning_gives_the_object_of_the_design(tuned, tiny_pair):
 def test_a_run_that_achieved_nothing_says_so_first_and_a_gate_can_require_it(tiny_pair, data, tmp_path):
     (tmp_path / "gate.toml").write_text("achieved = true\n")
     out = tmp_path / "run"
-    words = words_of(tiny_pair, data, "--learning-rate", "1e-9", "--out", out)
+    words = words_of(tiny_pair, data, "--learning-rate", "1e-9", "--max-steps", "2", "--out", out)
     told = command(*words)
     assert told.code == 0
     lines = told.out.strip().splitlines()
