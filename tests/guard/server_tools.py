@@ -5,6 +5,8 @@ told.
 import asyncio
 import contextlib
 import dataclasses
+import functools
+import importlib
 import json
 import socket
 import threading
@@ -14,7 +16,7 @@ from typing import Any
 import httpx
 import uvicorn
 
-from safety_neurons.guard.server import Limits, Service, Settings
+from safety_neurons.guard.server import Limits, Service, Settings, serving
 from safety_neurons.guard.server.app import Service as _Service
 from safety_neurons.guard.server.door import Drift, Metrics
 from safety_neurons.guard.server.envelopes import Answered, ResponsesEnvelope, Spent
@@ -26,7 +28,28 @@ PATIENT = {"seconds": HANG, "body_seconds": HANG, "header_seconds": HANG}
 """Limits in the way of no slow machine; what a test is about it sets itself."""
 for _part in ("connect", "read", "write", "pool"):
     setattr(httpx._config.DEFAULT_TIMEOUT_CONFIG, _part, HANG)  # 5 s, which a loaded machine exceeds
+for _name in ("httpx", "httpx2"):  # The second is what newer versions of openai ask with.
+    with contextlib.suppress(ImportError):
+        # Each client would read the machine's certificates anew: that takes longer than what most tests ask.
+        _clients = importlib.import_module(f"{_name}._transports.default")
+        _clients.create_ssl_context = functools.cache(_clients.create_ssl_context)
 UNSAFE = "attack"
+
+
+class _Hasty:
+    """What `asyncio` has, with short pauses: a server looks every tenth of a second whether it is to end, and
+    waits as long for its connections, which is most of what a test with a server of its own takes.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(asyncio, name)
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(min(seconds, 0.005))
+
+
+for _module in (uvicorn.server, serving):
+    _module.asyncio = _Hasty()  # type: ignore[attr-defined]
 
 
 @dataclasses.dataclass(frozen=True)
