@@ -247,13 +247,15 @@ def test_a_finished_run_is_the_same_by_content_alone(name, place, tmp_path, monk
             else shutil.copy2(path, tmp_path / "kept")
         )
         changed(path)
-        said = refused(*words)
+        outcome = command(*words, "--json")
+        said = outcome.json["error"]
+        assert outcome.code == 1
         assert "has changed" in said, (stem, said)
         assert "--overwrite" in said, said
         assert "--out" in said, said
         shutil.rmtree(path) if path.is_dir() else path.unlink()
         shutil.move(kept, path)
-        assert done(*words) == first, stem
+    assert done(*words) == first
     assert (tmp_path / "run" / "run.json").read_bytes() == before
 
 
