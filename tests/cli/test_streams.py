@@ -121,40 +121,6 @@ def test_streams_and_environment_are_put_back(monkeypatch):
     assert "TRANSFORMERS_VERBOSITY" not in os.environ
 
 
-def test_in_a_process_of_its_own_what_libraries_write_while_they_are_imported_is_not_seen(
-    tiny_pair, tmp_path
-):
-    program = f"""
-import sys
-class Talking:
-    def find_spec(self, name, *_):
-        if name in ("transformers", "peft", "bitsandbytes", "accelerate", "huggingface_hub"):
-            exec({CHATTER!r}, {{"__name__": name}})
-sys.meta_path.insert(0, Talking())
-from safety_neurons.cli import main
-main()
-"""
-    words = [
-        "find",
-        "contrast",
-        *tiny_pair.models,
-        "--prompts",
-        tiny_pair.harmful,
-        "--limit",
-        "2",
-        "--max-new-tokens",
-        "2",
-        "--out",
-        tmp_path / "run",
-    ]
-    run = subprocess.run(
-        [sys.executable, "-c", program, *map(str, words)], capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr
-    assert "CHATTER" not in run.stdout + run.stderr
-    assert all(line.startswith("note: ") for line in run.stderr.splitlines()), run.stderr
-
-
 # Texts
 
 HOSTILE = "[/red]\x1b[31m\x07[bold]\x9b2J\u202etxt\u2028\x1b]0;title\x07\ud800"
