@@ -13,7 +13,7 @@ from page_text import HOSTILE
 from safety_neurons.display import ReportedRun, part_of
 from safety_neurons.display.charts import _LIGHT, standalone
 from safety_neurons.display.parts import plain
-from safety_neurons.studies.comparison import Standing
+from safety_neurons.studies.ranking import Standing
 
 NAMES = [HOSTILE[0], "\x1b[31m", "\x00", "\u202eevil", "]]>&", "\ud800", "\uffff", "\n"]
 

@@ -11,7 +11,8 @@ from conforming import misfits
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.results.measured import RankingRecord
 from safety_neurons.results.run import write_json
-from safety_neurons.studies.comparison import Comparison, Entry, MethodResult, Ranking, rank, standings
+from safety_neurons.studies.comparison import Comparison, MethodResult
+from safety_neurons.studies.ranking import Entry, Ranking, rank, standings
 from tiny_pair import HARMFUL, HARMLESS
 
 

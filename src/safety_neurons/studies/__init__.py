@@ -2,7 +2,7 @@
 
 from safety_neurons.studies.attacks import Attack, stress
 from safety_neurons.studies.bench import Arm, ArmOutcome, Bench, Writing, contrast
-from safety_neurons.studies.comparison import Comparison, MethodResult, Ranking, compare, rank
+from safety_neurons.studies.comparison import Comparison, MethodResult, compare
 from safety_neurons.studies.defences import DEFENCES, Grid, defences
 from safety_neurons.studies.evaluation import Evaluation, evaluate
 from safety_neurons.studies.examination import Check, Examination, doctor
@@ -16,6 +16,7 @@ from safety_neurons.studies.groups import (
     transfer,
 )
 from safety_neurons.studies.lasting import ARMS, Lab, Plan, Sets, cut_short, find_sets, rsn
+from safety_neurons.studies.ranking import Ranking, rank
 from safety_neurons.studies.scaling import Scaling, verify_scale
 from safety_neurons.studies.tax import CrossPatching, Trainings, cross_patch, helpfulness, read_trainings
 from safety_neurons.studies.tuning import Checking, Tuning, tune
