@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import types
 
 import pytest
 
@@ -207,16 +206,16 @@ def test_the_order_of_two_methods_is_said_of_the_same_requests(compared):
     assert "order" not in text_of(None)  # a run that does not say
 
 
-def test_a_best_mean_over_organisms_is_held_against_the_next():
+def test_a_best_mean_over_organisms_is_held_against_the_next(compared):
     open_one = {"value": 0.6, "low": -0.2, "high": 1.4, "clear": False, "why": "2 organisms"}
     first = {"group": "natural 0.02", "measure": "causal_effect", "methods": ["mask"], "mean": 0.9}
     held = ({**open_one, **more} for more in ({}, {"clear": True, "why": None}))
     leaders = [first, *({**first, "next": ["cna"], "ahead": ahead} for ahead in held)]
-    run = types.SimpleNamespace(result={"leaders": leaders})
+    run = with_result(compared, leaders=leaders)
     old, close, clear = (plain(one.text) for one in ranking_findings(run))
     assert old.endswith("mask has the best mean of causal effect, 0.90.")
-    ending = "+0.60 [\u22120.20, +1.40] behind over the organisms: their order is open (2 organisms)."
-    assert close.replace("\u00a0", " ").endswith(f"; then cna, {ending}")
+    ending = "+0.60 [-0.20, +1.40] behind over the organisms: their order is open (2 organisms)."
+    assert close.endswith(f"; then cna, {ending}")
     assert clear.endswith("behind over the organisms: clearly less.")
 
 
