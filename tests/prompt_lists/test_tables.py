@@ -294,3 +294,20 @@ def test_lines_that_look_like_something_else_are_said(tmp_path, case):
     found = prompts(written(tmp_path, "a.txt", content))
     assert len(found) == content.count("\n")
     assert any(note in said for said in found.notes)
+
+
+@pytest.mark.parametrize(
+    ("text", "written_in", "named"),
+    [
+        ("Wie heißt der Käse?", "cp1252", "WINDOWS-1252"),
+        ("怎么做一个蛋糕?", "gb18030", "GB18030"),
+        ("ケーキの作り方は?", "shift_jis", "SHIFT_JIS"),
+        ("Как испечь торт?", "cp1251", "WINDOWS-1251"),
+    ],
+)
+def test_the_encoding_that_is_named_is_one_that_may_be_meant(tmp_path, text, written_in, named):
+    path = tmp_path / "a.csv"
+    path.write_bytes(f"prompt\n{text}\n".encode(written_in))
+    with pytest.raises(InputError, match=named) as error:
+        prompts(path)
+    assert ("WINDOWS-1252" in str(error.value)) == (named == "WINDOWS-1252")

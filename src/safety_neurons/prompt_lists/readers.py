@@ -274,9 +274,12 @@ def text_of(data: bytes, path: Path) -> tuple[str, list[str]]:
         text = _without_marks(data.decode("utf-8"), notes)
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
+        start = data[:100_000]
+        foreign = sum(byte > 127 for byte in start) > len(start) / 6  # in Western text few letters are
+        likely = "GB18030|SHIFT_JIS|WINDOWS-1251" if foreign else "WINDOWS-1252"
         raise InputError(
             f"{path}: not UTF-8 at byte {error.start} (0x{data[error.start]:02x}, line {line}); expected "
-            f"UTF-8; convert it, e.g. `iconv -f WINDOWS-1252 -t UTF-8 {path.name}`"
+            f"UTF-8; convert it, e.g. `iconv -f {likely} -t UTF-8 {path.name}`"
         ) from None
     _note_conflict(text, notes)
     return text, notes
