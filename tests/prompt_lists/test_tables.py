@@ -303,6 +303,8 @@ def test_lines_that_look_like_something_else_are_said(tmp_path, case):
         ("怎么做一个蛋糕?", "gb18030", "GB18030"),
         ("ケーキの作り方は?", "shift_jis", "SHIFT_JIS"),
         ("Как испечь торт?", "cp1251", "WINDOWS-1251"),
+        ("Why?", "utf-16-le", "UTF-16LE"),
+        ("Why?", "utf-16-be", "UTF-16BE"),
     ],
 )
 def test_the_encoding_that_is_named_is_one_that_may_be_meant(tmp_path, text, written_in, named):

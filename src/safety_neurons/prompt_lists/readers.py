@@ -400,6 +400,12 @@ def _refuse_binary(path: Path, data: bytes) -> None:
             "again"
         )
     at = data.find(b"\x00")
+    for code, half in (("UTF-16LE", data[1::2]), ("UTF-16BE", data[::2])):
+        if at >= 0 and half.count(0) > len(half) * 2 / 3:
+            raise InputError(
+                f"{path}: UTF-16 text without its mark; expected UTF-8; convert it, e.g. `iconv -f {code} -t "
+                f"UTF-8 {path.name}`"
+            )
     if at >= 0:
         raise InputError(
             f"{path}: a NUL byte at byte {at} ({data.count(0)} in all), so not UTF-8 text; expected "
