@@ -167,6 +167,13 @@ LISTS |= {
     ),
     "a cursor": ({"results": [{"prompt": "How?"}], "next": "x"}, [("How?", None)], "('next' names more)"),
     "its own count": ({"n": 1, "items": [{"prompt": "How?"}], "next": None}, [("How?", None)], None),
+    "counts of something else": ({"n_shot": 5, "num_labels": 2, "prompts": ["How?"]}, [("How?", None)], None),
+    "a word beside": (
+        {"persona": "x", "prompts": ["How?"]},
+        [("How?", None)],
+        "left out what stands beside the prompts: persona",
+    ),
+    "a message": ({"message": "How?"}, [("How?", None)], "1 text is read as a prompt, by the keys message"),
     "kinds and parts": (
         {"harmful": {"train": ["a"], "test": ["b"]}, "harmless": {"train": ["c"]}},
         [("a", None), ("b", None), ("c", None)],
@@ -230,6 +237,31 @@ def test_earlier_turns_of_a_row_come_before_its_request(history):
 def test_pairs_of_answers_without_their_request_are_refused_by_what_they_lack(chosen):
     with pytest.raises(InputError, match="'chosen' holds an answer without its request"):
         prompts([{"chosen": chosen, "rejected": chosen}])
+
+
+@pytest.mark.parametrize(
+    "beside", [{"prompts": ["How?", "Why?"]}, {"prompts": ["How?", "Why?"], "targets": ["So", "No"]}]
+)
+def test_the_system_prompt_of_a_list_is_that_of_its_prompts(tmp_path, beside):
+    found = prompts(written(tmp_path, "a.json", {"system_prompt": "Be brief.", **beside}))
+    assert [[turn.content for turn in one.turns] for one in found] == [
+        ["Be brief.", "How?"],
+        ["Be brief.", "Why?"],
+    ]
+    assert "'system_prompt' is the system prompt of 2 rows (first: row 0)" in found.notes
+
+
+def test_turns_are_put_in_the_order_of_their_numbers():
+    said = (
+        ("2", "user", "And?"),
+        ("10", "assistant", "No."),
+        ("0", "user", "How?"),
+        ("1", "assistant", "So."),
+    )
+    keys = ("turn", "role", "content")
+    (found,) = prompts([{"thread_id": "t", **dict(zip(keys, one, strict=True))} for one in said])
+    assert [turn.content for turn in found.turns] == ["How?", "So.", "And?"]
+    assert found.answer == "No."
 
 
 def test_what_is_no_history_is_left_aside():

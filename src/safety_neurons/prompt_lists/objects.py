@@ -19,6 +19,7 @@ from safety_neurons.prompt_lists.columns import (
     LISTS,
     METADATA,
     SPLIT,
+    SYSTEM_COLUMNS,
     columns_of,
     folded,
     is_conversation_column,
@@ -68,6 +69,7 @@ def with_conversations(rows: Iterable[Any], notes: list[str]) -> Iterator[Any]:
         group = _group_of_turn(row)
         if held and group != _group_of_turn(held[0]):
             if any(role_of(turn) == "assistant" for turn in held):
+                held = in_order(held)
                 turns, conversations = turns + len(held), conversations + 1
                 beside = {key: value for key, value in held[0].items() if key not in _OF_TURN}
                 held = [{**beside, "messages": held}]
@@ -84,8 +86,18 @@ def with_conversations(rows: Iterable[Any], notes: list[str]) -> Iterator[Any]:
         )
 
 
-_OF_TURN = ("role", "from", "content", "value", "text", "turn", "turn_id", "turn_index", "id", "message_id")
+_PLACES = ("turn", "turn_id", "turn_index", "turn_number", "message_index", "sequence", "position")
+_OF_TURN = ("role", "from", "content", "value", "text", "id", "message_id", *_PLACES)
 """What a row that is a turn says of the turn and not of its conversation."""
+
+
+def in_order(turns: list[Any]) -> list[Any]:
+    """The turns by their numbers, where each has one of its own; else as they come."""
+    for name in _PLACES:
+        numbers = [str(turn.get(name, "")) if isinstance(turn, Mapping) else "" for turn in turns]
+        if all(map(str.isdecimal, numbers)) and len(set(numbers)) == len(numbers):
+            return sorted(turns, key=lambda turn: int(turn[name]))
+    return turns
 
 
 def _group_of_turn(row: Any) -> str | None:
@@ -103,7 +115,7 @@ def _group_of_turn(row: Any) -> str | None:
 def rows_of(whole: Any, name: str, column: str | None, notes: list[str] | None = None) -> Iterator[Row]:
     """Rows of a parsed JSON document or of an object in memory, whatever its shape."""
     if isinstance(whole, list):
-        return iter([{"messages": whole}]) if is_one_conversation(whole) else as_rows(whole)
+        return iter([{"messages": in_order(whole)}]) if is_one_conversation(whole) else as_rows(whole)
     if not isinstance(whole, Mapping):
         raise InputError(
             f"{name}: the JSON document is a {type(whole).__name__}; expected a list of records; put the "
@@ -146,10 +158,13 @@ def _of_named_list(whole: Mapping[str, Any], name: str, notes: list[str]) -> Ite
     lists = [key for key, value in whole.items() if isinstance(value, list) and value]
     known = [key for wanted in LISTS for key in lists if folded(key) == wanted]
     inner = next(iter(known), None)
+    shared = {key: whole[key] for key in columns_of(whole, SYSTEM_COLUMNS) if isinstance(whole[key], str)}
     beside = [
         key
         for key, value in whole.items()
-        if key != inner and folded(key) not in METADATA and isinstance(value, list | dict)
+        if key not in (inner, *shared)
+        and folded(key) not in METADATA
+        and isinstance(value, list | dict | str)
     ]
     if inner is not None and all(isinstance(value, str) for value in whole[inner]):
         length = len(whole[inner])
@@ -162,20 +177,26 @@ def _of_named_list(whole: Mapping[str, Any], name: str, notes: list[str]) -> Ite
                 notes.append(f"lists of one length are read as columns: {_shown([inner, *unsaid])}")
             notes += [f"left out what stands beside the prompts: {_shown(left)}"] if left else []
             columns = {key: value for key, value in whole.items() if key not in left}
+            columns |= {key: [value] * length for key, value in shared.items()}
             renamed = {"prompt" if key == inner else key: value for key, value in columns.items()}
             return _by_column(renamed, ["prompt"], name, notes)
     records = [key for key in lists if isinstance(whole[key][0], dict)]
     if inner is None and len(records) == 1 and not any(map(_holds_prompts, _but(whole, records[0]))):
         inner = records[0]
         beside = [key for key in beside if key != inner]
-    if inner is None or (beside and len(known) > 1 and folded(inner) not in _GENERAL):
+    several = len(known) > 1 and any(not isinstance(whole[key], str) for key in beside)
+    if inner is None or (several and folded(inner) not in _GENERAL):
         return None
     notes += [f"left out what stands beside the prompts: {_shown(beside)}"] if beside else []
     notes += _miscounted(whole, len(whole[inner]))
-    return as_rows(whole[inner])
+    rows = as_rows(whole[inner])
+    return (row if isinstance(row, Unread) else {**shared, **row} for row in rows) if shared else rows
 
 
-_COUNT = re.compile(r"n|num|total|count|size|length|(?:total|n|num)_\w+|\w+_(?:total|count)")
+_COUNT = re.compile(
+    r"n|num|total|count|size|length|(?:total|n|num)_(?:count|examples|items|prompts|records|rows|samples)\w*"
+    r"|(?:example|item|prompt|record|row|sample|total)_count"
+)
 
 
 def _miscounted(whole: Mapping[str, Any], length: int) -> list[str]:
@@ -301,8 +322,8 @@ def _by_column(whole: Mapping[str, Any], named: list[str], name: str, notes: lis
     return (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
 
 
-_FAULT = {"error", "errors", "message", "detail"}
-_OF_FAULT = {"code", "status", "status_code", "statuscode", "type", "title", "path", "documentation_url"}
+_FAULT = {"error", "errors", "detail", "documentation_url", "statuscode", "status_code"}
+_OF_FAULT = {"message", "code", "status", "type", "title", "path"}
 """What servers call an error, and what they say beside it."""
 
 

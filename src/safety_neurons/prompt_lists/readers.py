@@ -19,6 +19,7 @@ from safety_neurons.errors import InputError, UsageError
 from safety_neurons.prompt_lists.classes import class_names, with_class_names
 from safety_neurons.prompt_lists.objects import (
     Unread,
+    in_order,
     is_one_conversation,
     parts_of,
     rows_of,
@@ -629,7 +630,9 @@ def _rows_in_memory(source: Any, column: str | None, notes: list[str], asked: bo
         if hasattr(source, method) and hasattr(source, "columns"):
             return _items(getattr(source, method)(*arguments), asked)
     if is_conversation(source) and is_one_conversation(list(source)):
-        return iter([_asked(source, "0", "the conversation") if asked else {"messages": list(source)}])
+        return iter(
+            [_asked(source, "0", "the conversation") if asked else {"messages": in_order(list(source))}]
+        )
     names = class_names(getattr(source, "features", None))  # of a `datasets.Dataset`
     return with_class_names(_listed(source, lazily=True), names, notes) if names else _items(source, asked)
 
