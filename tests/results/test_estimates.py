@@ -3,6 +3,7 @@ contradicts "clear".
 
 How often the intervals cover is in `test_coverage.py`."""
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -39,6 +40,7 @@ from safety_neurons.results import (
     perplexity,
     rate,
     rate_over_seeds,
+    stands_out,
 )
 from safety_neurons.results.estimates import freedom_of, share_of
 
@@ -575,3 +577,16 @@ def test_mcnemars_test_says_nothing_of_prompts_that_share_groups():
     assert mcnemar(first, second, ["a", "b", None, None]) == mcnemar(first, second)
     assert mcnemar(first, second, ["a", "a", None, None]) is None
     assert mcnemar([1, None, 1, 0], second, ["a", "a", "b", "c"]).n == 3
+
+
+@pytest.mark.parametrize(
+    ("larger", "random", "said"),
+    [(0, 20, True), (0, 19, True), (0, 18, False), (1, 20, False), (1, 39, True)],
+)
+def test_what_stands_out_among_random_ones_is_at_most_one_in_twenty(larger, random, said):
+    """Of a neuron that is random itself, beyond the range of 20 others on one side is one time in ten."""
+    change = paired_difference([0.1] * 8 + [0.2] * 8, [0.0] * 8 + [0.03] * 8)
+    change = dataclasses.replace(change, low=0.05, high=0.2, p=0.001)
+    told = {**change.to_json(), "p_among_random": (1 + larger) / (1 + random)}
+    assert stands_out(told, {"low": -0.1, "high": 0.01}) is said
+    assert not stands_out(told, {"low": -0.1, "high": 0.06})

@@ -36,6 +36,8 @@ from safety_neurons.strict_json import JsonObject
 
 MOST = 48
 """Rows of a chart."""
+FEWEST_AMONG = 19
+"""Random neurons among which one that none of them equals is one in twenty."""
 
 
 def layers_part(run: ReportedRun) -> DisplayPart:
@@ -759,8 +761,10 @@ def cards_findings(run: ReportedRun) -> list[Finding]:
         known = [effect for effect in effects if effect["value"] is not None and chance["n"]]
         beyond = [effect for effect in known if stands_out(effect, chance)]
         if known:
-            text = "{} of {} change the refusal’s log-odds more than random neurons do ({}, {} to {})."
+            text = "{} of {} change the refusal’s log-odds more than random neurons do ({}, {} to {}{})."
             ends = number(chance["low"]), number(chance["high"])
-            shown = say(text, len(beyond), plural(len(known), "single neuron"), visible(treatment, 40), *ends)
+            few = "; 19 of them are needed to tell" if chance["n"] < FEWEST_AMONG else ""
+            many = plural(len(known), "single neuron")
+            shown = say(text, len(beyond), many, visible(treatment, 40), *ends, few)
             made.append(Finding(FACT if beyond else NO, shown))
     return made

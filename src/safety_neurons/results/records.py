@@ -352,13 +352,16 @@ def is_clear(record: Mapping[str, Any] | None) -> bool:
 
 
 def stands_out(record: Mapping[str, Any], chance: Mapping[str, Any]) -> bool:
-    """Whether a difference is clear and its interval lies outside the range that chance has.
+    """Whether a difference is clear, its interval lies outside the range that chance has, and no more than
+    one in twenty of random ones and itself is as large, which takes nineteen.
 
     Of no range, whether it is clear.
     """
     if not is_clear(record) or chance.get("low") is None:
         return is_clear(record)
-    return bool(record["low"] > chance["high"] or record["high"] < chance["low"])
+    among = record.get("p_among_random")
+    outside = record["low"] > chance["high"] or record["high"] < chance["low"]
+    return bool(outside and (among is None or among <= LEVEL))
 
 
 def clear_word(record: Mapping[str, Any] | None) -> str:

@@ -580,7 +580,7 @@ class _Ruler:
         values = [float((self.under([neuron]) - self.untreated).mean()) for neuron in references]
         if not values:
             return {"value": None, "low": None, "high": None, "n": 0, "values": []}
-        low, high = np.quantile(values, (0.025, 0.975))
+        low, high = np.quantile(values, (0.025, 0.975), method="inverted_cdf")
         return {
             "value": float(np.mean(values)),
             "low": float(low),
