@@ -618,18 +618,22 @@ def test_a_checkpoint_is_bound_to_the_weights_the_prompts_and_the_check_it_was_m
     checkpoint = Checkpoint(tmp_path / "tune.safetensors")
     options = {"check": CHECK, "checkpoint": checkpoint, "max_steps": 2, **FAST}
     tune(fresh(), usual(), HARMFUL, **options)
-    other, spoken = fresh(), fresh()
+    other, beside, half = fresh(), fresh(), fresh()
     with torch.no_grad():
         other.model.model.layers[0].self_attn.q_proj.weight[5] += 0.1
+        beside.model.model.embed_tokens.weight[5] += 0.1
+    half.model.to(torch.bfloat16)
     spoken = LanguageModel(tiny_llama(), tiny_tokenizer(CHAT_TEMPLATE), template="none")
     stricter = dataclasses.replace(CHECK, tolerance=0.5)
     for model, check, name in (
-        (other, CHECK, "model"),
+        (other, CHECK, "weights"),
+        (beside, CHECK, "weights"),
+        (half, CHECK, "dtype"),
         (spoken, CHECK, "template"),
         (fresh(), stricter, "check"),
     ):
         with pytest.raises(RunError, match=f"written with another {name}"):
-            tune(model, some(model), HARMFUL, **{**options, "check": check})
+            tune(model, usual(), HARMFUL, **{**options, "check": check})
 
 
 @pytest.mark.parametrize("rate", [1e39, math.inf, math.nan, "much"])

@@ -30,6 +30,7 @@ from safety_neurons.counting import numbered
 from safety_neurons.errors import InputError, NeuronError, RunError, UnsupportedModelError
 from safety_neurons.model import LanguageModel, ranks
 from safety_neurons.model.batches import Batch, Halving, collate, descend, forward, plan
+from safety_neurons.model.identity import identity
 from safety_neurons.model.language_model import takes_padding
 from safety_neurons.model.likelihood import widened
 from safety_neurons.neurons import NeuronSet, Provenance
@@ -576,12 +577,12 @@ def tune(
         None if harmless is None or not chosen.mix else model.prompts(harmless),
     )
     text = None if general is None or not chosen.mix * chosen.anchor else model.prompts(general)
-    identity = _identity(chosen, model, placed, (data, others, text), check)
+    own = _identity(chosen, model, placed, (data, others, text), check)
     notes = list(placed.notes)
     before = _hash(model, placed, notes)
     rates = learning_rates(model, placed, chosen.learning_rate)
     with attach(model, placed) as deltas:
-        loop = Loop(deltas, rates, chosen, check, checkpoint, identity, notes, progress)
+        loop = Loop(deltas, rates, chosen, check, checkpoint, own, notes, progress)
         if not loop.resume():
             loop.examples = prepared_examples(model, data, others, text, chosen, notes)
         stopped = loop.run()
@@ -693,7 +694,9 @@ def _identity(
     prompts: tuple[Prompts, Prompts | None, Prompts | None],
     check: StopCheck | None,
 ) -> dict[str, Any]:
-    """What a checkpoint has to agree with."""
+    """What a checkpoint has to agree with; all of the model, since its other weights and their type decide
+    what the set learns.
+    """
     watched = (
         None
         if check is None
@@ -706,9 +709,10 @@ def _identity(
             for name in ("harmful", "harmless", "text")
         }
     dataset, harmless, general = prompts
+    of_model = identity(model)
     return {
-        "model": base_hash(model, neurons),
-        "template": model.encode(dataset[:1])[0].ids if len(dataset) else [],
+        "dtype": of_model.pop("dtype"),
+        **of_model,
         "neurons": hashlib.sha256(
             b"".join(key.encode() + indices.tobytes() for key, indices in neurons.items())
         ).hexdigest(),
