@@ -3,6 +3,7 @@ code.
 """
 
 import contextlib
+import functools
 
 import pytest
 import torch
@@ -25,6 +26,12 @@ def language_model(family, dtype=torch.float64, **over):
     if family in families.MOE_FAMILIES:
         model.set_experts_implementation("batched_mm")
     return LanguageModel(model, None)
+
+
+@functools.cache
+def unchanged(family):
+    """One model for all tests that leave it as it is: making and proving it takes longer than they."""
+    return language_model(family)
 
 
 def closed(lm, sequences, keys=None, exact=True, **options):
@@ -54,7 +61,7 @@ def close(found, expected, tolerance):
 
 @pytest.mark.parametrize("family", EVERY)
 def test_scores_equal_brute_force_in_exact_float64(family):
-    lm, ids = language_model(family), tokens(11)
+    lm, ids = unchanged(family), tokens(11)
     found = closed(lm, [ids])[0]
     assert set(found) == set(lm.table.keys)
     with Exact64():
@@ -64,7 +71,7 @@ def test_scores_equal_brute_force_in_exact_float64(family):
 
 @pytest.mark.parametrize("family", EVERY)
 def test_scores_of_a_prompt_of_a_single_token_equal_brute_force(family):
-    lm, ids = language_model(family), tokens(1, seed=4)
+    lm, ids = unchanged(family), tokens(1, seed=4)
     found = closed(lm, [ids, tokens(3)])[0]
     with Exact64():
         expected = brute_force(lm, ids, lm.table.keys, stride=11)
@@ -73,7 +80,7 @@ def test_scores_of_a_prompt_of_a_single_token_equal_brute_force(family):
 
 @pytest.mark.parametrize("family", EVERY)
 def test_prompts_scored_together_score_as_one_by_one(family, monkeypatch):
-    lm, lengths = language_model(family), (7, 7, 3, 7, 1, 1, 9)
+    lm, lengths = unchanged(family), (7, 7, 3, 7, 1, 1, 9)
     sequences = [tokens(length, seed) for seed, length in enumerate(lengths)]
     together = closed(lm, sequences)
     monkeypatch.setattr(importance_readers, "SHORT", 0)
@@ -131,7 +138,7 @@ def test_scores_equal_brute_force_of_stock_float32_code(family):
     "family", ["gemma2", "olmo2", "bloom", "falcon_alibi", "gptj", "mistral", "gpt_oss", "qwen2_moe"]
 )
 def test_batch_padding_and_chunks_change_nothing(family):
-    lm = language_model(family)
+    lm = unchanged(family)
     sequences = [tokens(11), tokens(4, 1), tokens(8, 2)]
     together = closed(lm, sequences, budget=9000)
     for sequence, row in zip(sequences, together, strict=True):

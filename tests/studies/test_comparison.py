@@ -26,7 +26,7 @@ from safety_neurons.studies.comparison import compare, unit_recall, whole_units
 from tiny import CHAT_TEMPLATE, tiny_tokenizer
 from tiny_pair import HARMFUL, HARMLESS
 
-OPTIONS = {"max_new_tokens": 3, "batch_size": 4}
+OPTIONS = {"max_new_tokens": 2, "batch_size": 4}
 
 
 @pytest.fixture(scope="module")

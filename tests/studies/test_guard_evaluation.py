@@ -114,10 +114,12 @@ def test_perfect_scores_leave_doubt():
     assert 0.9 < found.low < 1
 
 
-@pytest.mark.parametrize("sizes", [np.r_[60, np.full(15, 4)], np.full(40, 4), np.ones(100, int)])
-def test_rates_at_a_false_positive_rate_of_groups_of_any_size_are_covered(sizes):
+@pytest.mark.parametrize(
+    ("sizes", "draws"), [(np.r_[60, np.full(15, 4)], 150), (np.full(40, 4), 60), (np.ones(100, int), 60)]
+)
+def test_rates_at_a_false_positive_rate_of_groups_of_any_size_are_covered(sizes, draws):
     """One group that holds most requests: percentiles of resamples covered .84 and held 0.6 of the range."""
-    number, draws, hits = np.random.default_rng(8), 150, 0
+    number, hits = np.random.default_rng(8), 0
     truth = norm.sf(norm.isf(0.05) - 1)
     clusters = np.repeat(np.arange(2 * len(sizes)), np.tile(sizes, 2))
     unsafe, groups = clusters < len(sizes), list(map(str, clusters))
@@ -482,25 +484,25 @@ def test_a_value_left_out_is_tested_by_classifiers_that_never_saw_it(model, guar
 
 
 def test_what_was_seen_before_is_counted(model, guard):
-    fit = requests(60, 0)
+    fit = [part[:24] for part in requests(60, 0)]
     evaluation = evaluate_guard(model, guard, *fit, random=1, perturbations=())
     assert any(
-        "120 of the 120 evaluated requests are among those the guard was fit on" in note
+        "48 of the 48 evaluated requests are among those the guard was fit on" in note
         for note in evaluation.notes
     )
 
 
 def test_a_request_that_does_not_fit_the_context_is_flagged_and_out_of_the_areas(model, guard):
-    unsafe, safe = requests(40, 1)
+    unsafe, safe = requests(24, 1)
     long = Prompts([*safe, dataclasses.replace(safe[0], id="long", text="cake " * 300)], "good")
     evaluation = evaluate_guard(model, guard, unsafe, long, random=1, perturbations=())
-    assert evaluation.result["flagged_safe"]["value"] == pytest.approx((guard_flags(guard, safe) + 1) / 41)
-    assert evaluation.result["auroc"]["n"] == 80
-    assert any("1 of 81 requests were truncated" in note for note in evaluation.notes)
+    assert evaluation.result["flagged_safe"]["value"] == pytest.approx((guard_flags(guard, safe) + 1) / 25)
+    assert evaluation.result["auroc"]["n"] == 48
+    assert any("1 of 49 requests were truncated" in note for note in evaluation.notes)
 
 
 def test_a_request_that_cannot_be_read_is_in_no_rate_and_in_no_area(model, guard):
-    unsafe, safe = requests(40, 1)
+    unsafe, safe = requests(24, 1)
     lists = []
     for read, count in ((unsafe, 2), (safe, 3)):
         more = [dataclasses.replace(one, id=f"x{one.id}", text=f"explain {one.text}") for one in read[:count]]
@@ -514,16 +516,16 @@ def test_a_request_that_cannot_be_read_is_in_no_rate_and_in_no_area(model, guard
     for kind, read, unread in (("flagged_unsafe", unsafe, 2), ("flagged_safe", safe, 3)):
         flags = [verdict.flagged for verdict in guard.score_batch(list(read))]
         assert result[kind]["value"] == pytest.approx(np.mean(flags))
-        assert (result[kind]["n"], result[kind]["unscored"]) == (40, unread)
+        assert (result[kind]["n"], result[kind]["unscored"]) == (24, unread)
         left = result["leave_out"]["language"][-1]
-        assert (left["value"], left[kind]["n"], left[kind]["unscored"]) == (EVERY, 40, unread)
+        assert (left["value"], left[kind]["n"], left[kind]["unscored"]) == (EVERY, 24, unread)
     whole = [verdict.flagged for verdict in guard.score_batch([*unsafe, *safe])]
-    labels = np.arange(80) < 40
+    labels = np.arange(48) < 24
     assert result["macro_f1_in_force"]["value"] == pytest.approx(
         metrics.f1_score(labels, whole, average="macro")
     )
-    assert result["auroc"]["n"] == 80
-    assert any("5 of 85 requests could not be read by the guard" in note for note in evaluation.notes)
+    assert result["auroc"]["n"] == 48
+    assert any("5 of 53 requests could not be read by the guard" in note for note in evaluation.notes)
 
 
 def guard_flags(guard, prompts):
