@@ -90,12 +90,14 @@ def test_a_score_by_agreement_reaches_a_threshold_where_so_many_tokens_do(model:
         model, some_neurons(model), unsafe, safe, pooling="agree", window=5, agree=2, other=None, seed=3
     )
     assert fitted.pooling == Pooling("agree", 5, 2)
+    plain = tiny_guard(model)
+    assert plain.neurons == fitted.neurons
     for text in (*unsafe[:4], *safe[:4], "cake"):
         ids = model.encode(text)[0].ids
         tokens = [
             read_features(model, text, fitted.neurons).values[0]
             if length == len(ids)
-            else _at(model, fitted, ids, length)
+            else _at(model, plain, ids, length)
             for length in range(max(1, len(ids) - 4), len(ids) + 1)
         ]
         scores = sorted(fitted.classifier.scores(torch.from_numpy(np.stack(tokens))).tolist())
@@ -104,14 +106,22 @@ def test_a_score_by_agreement_reaches_a_threshold_where_so_many_tokens_do(model:
 
 
 def _at(model: LanguageModel, guard: Guard, ids: list[int], length: int) -> np.ndarray:
-    """Activations of the guard's neurons at one token, from a pass that ends there."""
-    collector = tiny_guard(model).collector
-    with collector, torch.no_grad():
-        collector.start()
+    """Activations of the neurons of a guard that reads the last token, from a pass that ends there."""
+    with guard.collector, torch.no_grad():
+        guard.collector.start()
         model.inner(input_ids=torch.tensor([ids[:length]]))
-        found = next(iter(collector.result().values()))[0].numpy()
-    assert collector.neurons == guard.neurons
-    return found
+        return next(iter(guard.collector.result().values()))[0].numpy()
+
+
+@pytest.fixture(scope="module")
+def read(model: LanguageModel) -> tuple[list[AnswerTokens], list[list[np.ndarray]]]:
+    """Answers, and what is read at every token of the first twelve."""
+    written, guard, rows = answers_to(model), tiny_guard(model), []
+    for one in written[:12]:
+        ids, n_read = [*one.question, *one.token_ids], len(one.token_ids) - (not one.finished)
+        lengths = range(len(one.question) + 1, len(one.question) + n_read + 1)
+        rows.append([_at(model, guard, ids, length) for length in lengths])
+    return written, rows
 
 
 def test_an_answer_is_read_every_few_tokens_behind_a_thought_and_at_its_end() -> None:
@@ -126,9 +136,9 @@ def test_an_answer_is_read_every_few_tokens_behind_a_thought_and_at_its_end() ->
 
 @pytest.mark.parametrize("pooling", ["last", "mean", "max", "agree"])
 def test_a_guarded_model_stops_an_answer_where_its_classifier_says_so_by_hand(
-    model: LanguageModel, pooling: str
+    model: LanguageModel, read: tuple[list[AnswerTokens], list[list[np.ndarray]]], pooling: str
 ) -> None:
-    written = answers_to(model)
+    written, rows = read
     base = tiny_guard(model, threshold=1.0)
     guard = fit_answers(
         base, written[:30], written[30:], every=4, max_new_tokens=NEW, fpr=0.3, pooling=pooling
@@ -136,13 +146,9 @@ def test_a_guarded_model_stops_an_answer_where_its_classifier_says_so_by_hand(
     answers = guard.answers
     assert answers is not None
     assert answers.pooling.kind == pooling
+    assert answers.neurons == base.neurons
     expected = []
-    for one in written[:12]:
-        n_read = len(one.token_ids) - (not one.finished)
-        values = [
-            _at(model, answers, [*one.question, *one.token_ids], len(one.question) + length)
-            for length in range(1, n_read + 1)
-        ]
+    for values in rows:
         direction = answers.classifier.direction.numpy()
         expected.append(
             {
@@ -151,7 +157,7 @@ def test_a_guarded_model_stops_an_answer_where_its_classifier_says_so_by_hand(
                         torch.from_numpy(pooled(np.stack(values[:length]), answers.pooling, direction))[None]
                     )[0]
                 )
-                for length in range(4, n_read + 1, 4)
+                for length in range(4, len(values) + 1, 4)
             }
         )
     limit = float(np.median([max(checks.values()) for checks in expected if checks]))

@@ -4,16 +4,18 @@ from being served.
 
 import contextlib
 import json
+import os
 import resource
-import subprocess
+import signal
 import sys
 import threading
-from pathlib import Path
+import time
 
 import httpx
 import pytest
 from server_tools import TOKEN, Words, connected, raw, running, service
 
+from forked import Forked
 from safety_neurons.errors import UsageError
 from safety_neurons.guard.server import Limits
 from safety_neurons.guard.server.serving import Connection, bounded
@@ -190,31 +192,29 @@ def test_more_connections_than_descriptors_are_refused():
     assert bounded(Limits(), upstream=True).most < bounded(Limits(), upstream=False).most or soft > 12_000
 
 
-FEW = """
-import resource, sys
-resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
-sys.path[:0] = sys.argv[1:]
-from server_tools import running, service
-from safety_neurons.guard.server import Limits
-with running(service(limits=Limits(header_seconds=1e6, idle_seconds=1e6))) as address:
-    print(address, flush=True)
-    sys.stdin.read()
-"""
+def few():
+    """Serves with 256 descriptors until it is interrupted."""
+    os.closerange(3, 1 << 16)  # of this process, whose servers are not forked with it
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        running(service(limits=Limits(header_seconds=1e6, idle_seconds=1e6))) as address,
+    ):
+        sys.stdout.write(f"{address}\n")
+        while True:
+            time.sleep(0.01)
 
 
 def test_500_idle_connections_leave_a_server_with_256_descriptors_answering():
-    here = str(Path(__file__).parent)
-    command = [sys.executable, "-c", FEW, here, str(Path(here).parent)]
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = Forked(few)
     try:
-        address = process.stdout.readline().strip()
+        address = process.out.readline().strip()
         with contextlib.ExitStack() as stack:
             for number in range(500):
                 stack.enter_context(connected(address)).sendall(b"GET /hea" if number % 2 else b"")
             for _ in range(3):
                 assert served(address)
     finally:
-        _, said = process.communicate()
-    assert (process.returncode, said) == (0, "")
+        process.send(signal.SIGINT)
+        _, said = process.ended()
+    assert (process.code, said) == (0, "")
