@@ -115,7 +115,7 @@ def test_perfect_scores_leave_doubt():
 
 
 @pytest.mark.parametrize(
-    ("sizes", "draws"), [(np.r_[60, np.full(15, 4)], 150), (np.full(40, 4), 60), (np.ones(100, int), 60)]
+    ("sizes", "draws"), [(np.r_[60, np.full(15, 4)], 150), (np.full(40, 4), 60), (np.ones(100, int), 150)]
 )
 def test_rates_at_a_false_positive_rate_of_groups_of_any_size_are_covered(sizes, draws):
     """One group that holds most requests: percentiles of resamples covered .84 and held 0.6 of the range."""
