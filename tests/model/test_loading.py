@@ -250,6 +250,7 @@ def test_two_full_models_of_one_shape_are_a_pair_of_two(base, tmp_path):
 
 def test_the_same_model_twice_is_loaded_once(base):
     pair = load_pair(base, base)
+    assert [*pair] == [pair.base, pair.aligned]
     assert pair.shared
     assert pair.base.model is pair.aligned.model
 

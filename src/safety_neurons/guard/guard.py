@@ -121,7 +121,7 @@ class Bindings:
             (
                 "dtype",
                 f"weights in {self.dtype}, this model's are in {found.dtype}",
-                "load the model with that --dtype, or recalibrate it",
+                "load the model with the --dtype it was fit with, or recalibrate it",
             ),
             (
                 "weights_sha256",

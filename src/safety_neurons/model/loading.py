@@ -94,6 +94,10 @@ class Pair:
     aligned: LanguageModel
     shared: bool
 
+    def __iter__(self) -> Iterator[LanguageModel]:
+        """Both, the base first: `base, aligned = load_pair(…)`."""
+        return iter((self.base, self.aligned))
+
 
 @dataclass(frozen=True)
 class _Loading:
