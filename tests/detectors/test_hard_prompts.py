@@ -7,6 +7,7 @@ import torch
 import safety_neurons as sn
 from safety_neurons.errors import NumericalError
 from safety_neurons.model import LanguageModel, kl_divergence, token_divergences, token_losses
+from safety_neurons.model.language_model import UNKNOWN
 from safety_neurons.model.likelihood import answer_probabilities
 from safety_neurons.neurons import NeuronSet
 from safety_neurons.prompt_lists import Prompts
@@ -120,7 +121,7 @@ def test_a_completion_of_nan_is_empty_and_marked_and_unscored(pair, options, tmp
     answers = pair[0].complete(WORST, **SHORT, notes=notes, **options)
     failed = [one for one in answers if one.finish_reason == "failed"]
     assert [(one.prompt, one.completion, one.token_ids) for one in failed] == [(MARKED, "", ())]
-    assert notes == ["1 of 6 prompts gave NaN or infinity and have no answer"]
+    assert notes == [f"1 of 6 prompts {UNKNOWN}", "1 of 6 prompts gave NaN or infinity and have no answer"]
     expected = pair[0].complete(GOOD, **SHORT, **options)
     if "sample" not in options:  # draws go by batch
         assert [one.token_ids for one in answers if one.prompt != MARKED] == [

@@ -13,7 +13,7 @@ import twins
 
 import safety_neurons as sn
 from safety_neurons.model import LanguageModel, ranks
-from safety_neurons.model.language_model import LEFT_OUT
+from safety_neurons.model.language_model import LEFT_OUT, UNKNOWN
 from safety_neurons.prompt_lists import Prompts
 from safety_neurons.results import Checkpoint
 
@@ -208,11 +208,11 @@ def test_saving_takes_at_most_a_tenth_of_the_time(tmp_path):
 
 
 @pytest.mark.parametrize("name", FINDERS)
-def test_prompts_that_do_not_fit_the_context_are_counted_and_said_by_every_method(pair, name, monkeypatch):
-    long = Prompts.from_list([f"{prompt.text} {'please ' * 60}" for prompt in PROMPTS])
+def test_prompts_that_are_not_read_whole_are_counted_and_said_by_every_method(pair, name, monkeypatch):
+    long = Prompts.from_list([f"{prompt.text} 炸弹 {'please ' * 60}" for prompt in PROMPTS])
     monkeypatch.setitem(globals(), "PROMPTS", long)
     monkeypatch.setattr(LanguageModel, "max_length", 40)
     found = FINDERS[name](*pair, batch_size=3)
-    said = f"6 of 6 {LEFT_OUT}"
     assert found.prompts.truncated == 6
-    assert any(note.endswith(said) for note in found.notes), found.notes
+    for what in (LEFT_OUT, f"prompts {UNKNOWN}"):
+        assert any(note.endswith(f"6 of 6 {what}") for note in found.notes), found.notes

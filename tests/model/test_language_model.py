@@ -12,7 +12,7 @@ from safety_neurons.judges import judge_refusal
 from safety_neurons.model import LanguageModel, load, run_batches, token_losses
 from safety_neurons.model.decoding import Decoding, cache_in, cache_name, cut, without_cache
 from safety_neurons.model.hooks import around
-from safety_neurons.model.language_model import generate
+from safety_neurons.model.language_model import UNKNOWN, generate
 from safety_neurons.model.passes import PassOptions
 from safety_neurons.prompt_lists import Prompt, Prompts
 from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
@@ -307,6 +307,21 @@ def test_progress_and_truncation_are_reported():
     assert steps[-1][2] == sum(len(answer.token_ids) for answer in answers)
     assert [answer.meta for answer in answers] == [{}, {"truncated": True}]
     assert notes == ["1 of 2 prompts were longer than the context: their middle was left out"]
+
+
+def test_text_that_the_tokenizer_has_no_token_for_is_counted_wherever_it_is_read():
+    lm, notes = LanguageModel(tiny_llama(), tiny_tokenizer(CHAT_TEMPLATE)), []
+    lm.complete(["why", "kill 炸弹"], max_new_tokens=1, notes=notes)
+    assert notes == [f"1 of 2 prompts {UNKNOWN}"]
+    assert token_losses(lm, ["kill a tree", "炸弹 a tree", "قنبلة"], notes=notes).counts
+    assert notes[1:] == [f"2 of 3 texts {UNKNOWN}"]
+
+
+def test_a_mark_of_the_unknown_that_ends_texts_too_is_none():
+    """Tokenizers that spell every byte, GPT-2's among them, have one mark for all they have no use for."""
+    tokenizer = tiny_tokenizer(CHAT_TEMPLATE)
+    tokenizer.unk_token = tokenizer.eos_token
+    assert not LanguageModel(tiny_llama(), tokenizer).unknown_in([tokenizer.eos_token_id])
 
 
 def test_a_batch_that_does_not_fit_is_halved_with_the_same_answers(lm):

@@ -6,6 +6,7 @@ import pytest
 
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.model import LanguageModel
+from safety_neurons.model.language_model import UNKNOWN
 from safety_neurons.prompt_lists import Message, Prompt, Prompts
 from safety_neurons.tuning.data import OPEN_END, Example, mix, split, tuning_examples, with_own_answers
 from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
@@ -135,6 +136,13 @@ def test_records_without_an_answer_are_left_out_and_counted(chat):
     )
     assert [example.prompt_id for example in examples] == ["r"]
     assert notes == ["2 of 3 records of list have no answer and are left out"]
+
+
+def test_examples_of_which_the_tokenizer_knows_not_all_are_counted(chat):
+    notes = []
+    unknown = Prompt("u", "why", answer="对不起")
+    assert len(tuning_examples(Prompts([REFUSAL, unknown]), chat, notes=notes)) == 2
+    assert notes == [f"1 of 2 examples of list {UNKNOWN}"]
 
 
 def test_a_long_example_keeps_the_ends_of_its_question_and_the_start_of_its_answer(chat):

@@ -19,7 +19,7 @@ from safety_neurons.detectors.text import Texts, texts
 from safety_neurons.errors import NumericalError, UnsupportedModelError
 from safety_neurons.model import Encoded, hooks
 from safety_neurons.model.batches import Batch, said_of_failed
-from safety_neurons.model.language_model import said_of_cut
+from safety_neurons.model.language_model import said_of_reading
 from safety_neurons.model.passes import PassOptions, Statistics, run_batches
 from safety_neurons.prompt_lists import Prompts
 
@@ -295,7 +295,7 @@ def sorted_out(
     """
     notes: list[str] = []
     for part, name in zip(encoded, ("", "harmless"), strict=True):
-        notes += said_of_cut(part, name)
+        notes += said_of_reading(part, name)
     for name, used in zip(("prompts", "harmless prompts"), whole, strict=True):
         notes += said_of_failed(
             {int(index): "NaN or infinity" for index in (~used).nonzero().flatten()}, len(used), name

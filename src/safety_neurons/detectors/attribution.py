@@ -25,7 +25,7 @@ from safety_neurons.detectors.text import generate
 from safety_neurons.errors import InputError, NumericalError
 from safety_neurons.model import LanguageModel, hooks
 from safety_neurons.model.batches import Batch, collate, forward, frozen
-from safety_neurons.model.language_model import said_of_cut
+from safety_neurons.model.language_model import said_of_reading
 from safety_neurons.model.sites import ExpertRows
 from safety_neurons.neurons.scores import number_of
 
@@ -342,7 +342,7 @@ def of_texts(
     """`attribute` for one model and the given texts of refusals and compliances."""
     model = run.aligned
     encoded = model.encode(run.prompts, reserve=SCORED_TOKENS)
-    run.notes += said_of_cut(encoded)
+    run.notes += said_of_reading(encoded)
     sides = [method.texts["refusal"], method.texts["compliance"]]
     units = [
         explained(row.ids, *([tokens_behind(model, row.ids, text) for text in texts] for texts in sides))
@@ -402,7 +402,7 @@ def own_completions(run: Run) -> tuple[list[list[ScoredRow]], PromptCounts]:
     refusals = generate(aligned, prompts, "aligned", SCORED_TOKENS, stream, **options)
     compliances = generate(base, prompts, "base", SCORED_TOKENS, stream, **options)
     encoded = base.encode(prompts, reserve=SCORED_TOKENS)
-    run.notes += said_of_cut(encoded)
+    run.notes += said_of_reading(encoded)
     units, empty, broken, same = [], 0, 0, 0
     for row, refusal, compliance in zip(encoded, refusals, compliances, strict=True):
         if refusal is None or compliance is None:

@@ -46,7 +46,7 @@ from safety_neurons.errors import InputError, NumericalError, UnsupportedModelEr
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.batches import Batch, forward, frozen
 from safety_neurons.model.hooks import around, refuse_compiled, skipped
-from safety_neurons.model.language_model import said_of_cut
+from safety_neurons.model.language_model import said_of_reading
 from safety_neurons.model.sites import AttentionAnatomy, SitePlace, take
 from safety_neurons.neurons import MLP_SITES, SITES, NeuronSet, SiteTable, parse_key
 from safety_neurons.neurons.scores import kept_share
@@ -308,7 +308,7 @@ def _answers(run: Run, prompts: Prompts, name: str) -> list[ScoredRow]:
     model = run.aligned
     written = generate(model, prompts, name, SCORED_TOKENS, run.stream, batch_size=run.batch_size)
     encoded = model.encode(prompts, reserve=SCORED_TOKENS)
-    run.notes += said_of_cut(encoded, name)
+    run.notes += said_of_reading(encoded, name)
     rows = [
         ScoredRow((*row.ids, *answer), len(row.ids), 1.0)
         for row, answer in zip(encoded, written, strict=True)

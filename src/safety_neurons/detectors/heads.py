@@ -18,7 +18,7 @@ from safety_neurons.detectors.parts import ScoredPart, scored
 from safety_neurons.detectors.runner import BatchSums, PromptCounts, Run, Scored, to_numpy
 from safety_neurons.model import LanguageModel, hooks
 from safety_neurons.model.batches import Batch, forward
-from safety_neurons.model.language_model import said_of_cut
+from safety_neurons.model.language_model import said_of_reading
 from safety_neurons.neurons import parse_key
 
 
@@ -26,7 +26,7 @@ def score(method: SafetyHeads, run: Run) -> Scored:
     """Mean divergence over prompts of every head, as the score of its neurons."""
     model = run.aligned
     encoded = model.encode(run.prompts)
-    run.notes += said_of_cut(encoded)
+    run.notes += said_of_reading(encoded)
     keys = [key for key in run.sizes if parse_key(key).site == "o"]
 
     def reduce(batch: Batch) -> BatchSums:

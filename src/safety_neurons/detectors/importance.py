@@ -33,7 +33,7 @@ from safety_neurons.model.attention import AttentionPlan, AttentionStates, prove
 from safety_neurons.model.batches import Batch, collate, forward
 from safety_neurons.model.cost import memory_of
 from safety_neurons.model.hooks import around, reading
-from safety_neurons.model.language_model import said_of_cut
+from safety_neurons.model.language_model import said_of_reading
 from safety_neurons.model.sites import AttentionAnatomy, ExpertRows, ExpertsAnatomy, LayerAnatomy, MlpAnatomy
 
 
@@ -678,6 +678,6 @@ def _encoded(run: Run) -> tuple[list[list[int]], PromptCounts]:
             f"{failed} of {len(run.prompts)} prompts could not be read and are not in the scores; the "
             f"first: {why}"
         )
-    run.notes += said_of_cut(read)
+    run.notes += said_of_reading(read)
     truncated = sum(one.truncated for one in read)
     return [one.ids for one in read], PromptCounts(len(read), failed, truncated)

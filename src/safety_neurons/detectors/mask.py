@@ -33,7 +33,7 @@ from safety_neurons.detectors.text import generate
 from safety_neurons.errors import NumericalError, UnsupportedModelError, UsageError
 from safety_neurons.model import LanguageModel, ranks
 from safety_neurons.model.batches import Batch, BatchSize, collate, plan, token_budget
-from safety_neurons.model.language_model import said_of_cut, takes_padding
+from safety_neurons.model.language_model import said_of_reading, takes_padding
 from safety_neurons.neurons import Selection, parse_key
 from safety_neurons.neurons.scores import number_of
 
@@ -436,7 +436,7 @@ def _answers(run: Run) -> tuple[list[ScoredRow], int]:
         return [], 0
     written = generate(run.base, run.harmless, "harmless", KEPT_TOKENS, run.stream, batch_size=run.batch_size)
     encoded = run.base.encode(run.harmless, reserve=KEPT_TOKENS)
-    run.notes += said_of_cut(encoded, "harmless")
+    run.notes += said_of_reading(encoded, "harmless")
     rows = [
         ScoredRow((*row.ids, *answer), len(row.ids), 1.0)
         for row, answer in zip(encoded, written, strict=True)

@@ -18,7 +18,7 @@ from safety_neurons.model import LanguageModel
 from safety_neurons.model.batches import BatchSize
 from safety_neurons.model.decoding import Answer, Decoding
 from safety_neurons.model.language_model import generate as complete
-from safety_neurons.model.language_model import said_of_cut
+from safety_neurons.model.language_model import said_of_reading
 from safety_neurons.prompt_lists import Prompts
 from safety_neurons.prompt_lists.records import normalised
 from safety_neurons.results import Completion, Completions
@@ -327,6 +327,6 @@ def texts(
         if empty
         else []
     )
-    notes += said_of_cut(encoded)
+    notes += said_of_reading(encoded)
     truncated = sum(row.truncated for row in encoded)
     return Texts(tuple(spans), PromptCounts(len(spans), len(encoded) - len(spans), truncated), tuple(notes))

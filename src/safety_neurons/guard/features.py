@@ -21,7 +21,7 @@ from safety_neurons.guard.verdict import ASKED, WHOLE
 from safety_neurons.model import BatchSize, Encoded, LanguageModel, Progress
 from safety_neurons.model.batches import Batch
 from safety_neurons.model.hooks import Reading
-from safety_neurons.model.language_model import Texts, said_of_cut
+from safety_neurons.model.language_model import Texts, said_of_reading
 from safety_neurons.model.passes import AlsoRead, PassOptions, T, run_batches
 from safety_neurons.model.sites import Anatomy, ExpertRows, Index
 from safety_neurons.neurons import NeuronSet, parse_key
@@ -572,7 +572,7 @@ def read_poolings(
             also.keep(beside)
     truncated = np.array([item.truncated for item in encoded])
     lengths = np.array([len(item.ids) for item in encoded])
-    notes += said_of_cut(encoded)
+    notes += said_of_reading(encoded)
     return {
         pooling: Features(values, truncated, lengths, placed, pooling, (*placed.notes, *notes))
         for pooling, values in found.items()

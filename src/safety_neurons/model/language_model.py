@@ -52,12 +52,14 @@ class Encoded:
         ids: Token ids, template and generation prompt included.
         truncated: Whether the middle was left out because the whole did not fit the context.
         thinking: Whether the template has opened a thinking part behind which the model goes on.
+        unknown: Whether the tokenizer has no token for some of the text.
     """
 
     prompt_id: str
     ids: list[int]
     truncated: bool = False
     thinking: bool = False
+    unknown: bool = False
 
 
 def context_of(config: Any, tokenizer: Any) -> int | None:
@@ -313,7 +315,20 @@ class LanguageModel:
             )
         fitting = self._fit(ids, reserve)
         cut, thinking = len(fitting) < len(ids), self.template.opens_thinking(text)
-        return Encoded(prompt.id, fitting, truncated=cut, thinking=thinking)
+        return Encoded(prompt.id, fitting, cut, thinking, self.unknown_in(ids))
+
+    def unknown_in(self, ids: Sequence[int]) -> bool:
+        """Whether the tokenizer wrote its mark of the unknown for some text, as those do that cannot fall
+        back on bytes.
+        """
+        return self._unknown_id in ids
+
+    @cached_property
+    def _unknown_id(self) -> int | None:
+        """None where the mark is an end or a beginning too: such a tokenizer spells every byte."""
+        mark = getattr(self.tokenizer, "unk_token_id", None)
+        others = (getattr(self.tokenizer, name, None) for name in ("bos_token_id", "eos_token_id"))
+        return None if mark in others else mark
 
     def encode_answer(self, prompt: Prompt, answer: str) -> tuple[list[int], list[int], list[int]]:
         """Token ids of a prompt as `encode` gives them, of an answer behind it, and of what the template
@@ -355,7 +370,7 @@ class LanguageModel:
             texts: The texts.
             limit: Tokens of each to keep at most, from its beginning; the context's length where none is
                 given.
-            notes: Gets a line for those that are longer.
+            notes: Gets a line for those that are longer, and one for those that hold unknown text.
         """
         tokenizer = require_tokenizer(self.tokenizer)
         most = min(value for value in (limit, self.max_length, 10**9) if value)
@@ -363,6 +378,9 @@ class LanguageModel:
         longer = sum(len(ids) > most for ids in whole)
         if notes is not None and longer:
             notes.append(f"{longer} of {len(whole)} texts are longer than {most} tokens: their end {CUT}")
+        unknown = sum(map(self.unknown_in, whole))
+        if notes is not None and unknown:
+            notes.append(f"{unknown} of {len(whole)} texts {UNKNOWN}")
         return [ids[:most] for ids in whole]
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -442,7 +460,7 @@ class LanguageModel:
         pending = PendingCompletions(prompts, arm, how.seed, done, answered)
         encoded = self.encode(pending.prompts, reserve=how.max_new_tokens)
         if notes is not None:
-            notes += said_of_cut(encoded)
+            notes += said_of_reading(encoded)
 
         def keep(index: int, answer: Answer) -> None:
             marks = {name: True for name in ("truncated", "thinking") if getattr(encoded[index], name)}
@@ -467,12 +485,17 @@ CUT = "was left out"
 """What notes on texts and prompts that are too long end with, whatever the model then makes of them."""
 LEFT_OUT = f"prompts were longer than the context: their middle {CUT}"
 """What a note on such prompts ends with."""
+UNKNOWN = "hold text that the tokenizer has no token for: the model reads one mark for all of it"
+"""What a note on prompts and texts of which something is unread ends with."""
 
 
-def said_of_cut(encoded: Sequence[Encoded], name: str = "") -> list[str]:
-    """A line about the prompts of a list that did not fit the context, where there are some."""
-    cut = sum(one.truncated for one in encoded)
-    return [f"{name}{name and ': '}{cut} of {len(encoded)} {LEFT_OUT}"] if cut else []
+def said_of_reading(encoded: Sequence[Encoded], name: str = "") -> list[str]:
+    """A line about the prompts of a list that did not fit the context, and one about those with unknown
+    text, where there are some.
+    """
+    cut, unknown = (sum(getattr(one, what) for one in encoded) for what in ("truncated", "unknown"))
+    said = ((cut, LEFT_OUT), (unknown, f"prompts {UNKNOWN}"))
+    return [f"{name}{name and ': '}{some} of {len(encoded)} {what}" for some, what in said if some]
 
 
 def middle_out(ids: list[int], room: int) -> list[int]:

@@ -26,7 +26,7 @@ from safety_neurons.model.batches import BatchSize
 from safety_neurons.model.chat_server import Endpoint
 from safety_neurons.model.decoding import Decoding, TreatedRows
 from safety_neurons.model.identity import identity, json_sha256
-from safety_neurons.model.language_model import CUT, LEFT_OUT, generate
+from safety_neurons.model.language_model import CUT, LEFT_OUT, UNKNOWN, generate
 from safety_neurons.neurons import NeuronSet, Scores
 from safety_neurons.prompt_lists import Prompt, Prompts, as_prompts
 from safety_neurons.prompt_lists.readers import Source
@@ -212,7 +212,9 @@ class Answers:
         asked = Prompts(together)
         _, notes = self._complete(first, asked, how, seed, Completions(done), of_list, treated)
         label = " and ".join(lists)
-        self.say(f"{label}: {note}" for note in notes if not note.endswith(LEFT_OUT))  # `write` says those.
+        self.say(
+            f"{label}: {note}" for note in notes if not note.endswith((LEFT_OUT, UNKNOWN))
+        )  # `write` says those.
 
     def _complete(
         self,
@@ -492,10 +494,10 @@ class Bench:
 
     def say_of(self, arm: Arm, notes: Iterable[str]) -> None:
         """Add notes on what was measured of an arm, with its name; once and without one what is so of every
-        arm: what does not fit the context, and what the untreated model leaves out.
+        arm: what does not fit the context or has no token, and what the untreated model leaves out.
         """
         self.say(
-            note if note.endswith(CUT) or arm.name == UNTREATED else f"{arm.name}: {note}"
+            note if note.endswith((CUT, UNKNOWN)) or arm.name == UNTREATED else f"{arm.name}: {note}"
             for note in notes
             if note not in self.notes
         )

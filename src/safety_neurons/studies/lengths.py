@@ -10,7 +10,7 @@ from typing import Any, cast
 from safety_neurons.errors import UsageError
 from safety_neurons.judges import Judge, judge_refusal
 from safety_neurons.model import LanguageModel
-from safety_neurons.model.language_model import said_of_cut
+from safety_neurons.model.language_model import said_of_reading
 from safety_neurons.prompt_lists import Prompts
 from safety_neurons.results import Completion, Completions, Rate, rate
 from safety_neurons.results.estimates import GroupLabels
@@ -44,7 +44,7 @@ def too_long(model: LanguageModel, lists: Mapping[str, Prompts], reserve: int = 
     return [
         note
         for name, some in lists.items()
-        for note in said_of_cut(model.encode(some, reserve=reserve), name)
+        for note in said_of_reading(model.encode(some, reserve=reserve), name)
     ]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.batches import Batch
-from safety_neurons.model.language_model import middle_out
+from safety_neurons.model.language_model import UNKNOWN, middle_out
 from safety_neurons.prompt_lists import Prompt, Prompts
 from safety_neurons.results import Completion, Completions
 
@@ -111,6 +111,8 @@ def tuning_examples(
         notes += (
             [f"{cut} of {len(examples)} examples of {prompts.name} were cut to {limit} tokens"] if cut else []
         )
+        unknown = sum(model.unknown_in(example.ids) for example in examples)
+        notes += [f"{unknown} of {len(examples)} examples of {prompts.name} {UNKNOWN}"] if unknown else []
     return examples
 
 
