@@ -402,7 +402,7 @@ def _refuse_binary(path: Path, data: bytes) -> None:
         )
     at = data.find(b"\x00")
     for code, half in (("UTF-16LE", data[1::2]), ("UTF-16BE", data[::2])):
-        if at >= 0 and half.count(0) > len(half) * 2 / 3:
+        if at >= 0 and len(data) % 2 == 0 and half.count(0) > len(half) * 2 / 3:
             raise InputError(
                 f"{path}: UTF-16 text without its mark; expected UTF-8; convert it, e.g. `iconv -f {code} -t "
                 f"UTF-8 {path.name}`"
