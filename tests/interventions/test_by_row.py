@@ -10,8 +10,11 @@ from families import MOE_FAMILIES, build, random_ids, sibling
 from safety_neurons.errors import DecodeError, UsageError
 from safety_neurons.interventions import deactivated, patched
 from safety_neurons.interventions.by_row import ByRow, SetTreatment
+from safety_neurons.interventions.columns import columns
 from safety_neurons.model import LanguageModel, decoding
+from safety_neurons.model.batches import decoder_of
 from safety_neurons.model.decoding import Decoding, TreatedRows
+from safety_neurons.model.hooks import around
 from safety_neurons.model.language_model import generate
 from safety_neurons.neurons import NeuronSet
 
@@ -112,12 +115,9 @@ def test_a_batch_that_does_not_fit_is_halved_with_its_sets(monkeypatch: pytest.M
 def test_a_start_is_read_once_for_every_set() -> None:
     model, treatments = treatments_of("deactivated")
     rows: list[int] = []
-    handle = model.model.register_forward_pre_hook(
-        lambda _module, _args, given: rows.append(len(given["input_ids"])), with_kwargs=True
-    )
     model.eos_ids = ()
-    together(model, treatments, ALIKE)
-    handle.remove()
+    with around(decoder_of(model.model), before=lambda _, given: rows.append(len(given["input_ids"]))):
+        together(model, treatments, ALIKE)
     assert rows == [len(treatments)] + [len(treatments) * len(ALIKE)] * STEPS
 
 
@@ -134,6 +134,17 @@ def test_what_knows_no_rows_is_refused() -> None:
         parameter.requires_grad_()
     with pytest.raises(DecodeError, match="without gradients"), deactivated(model, sets):
         model.model(input_ids=ids[:2])
+
+
+def test_sets_without_rows_cost_nothing_and_sets_beside_them_are_refused() -> None:
+    model, treatments = treatments_of("deactivated")
+    sets = [one.neurons for one in treatments]
+    rows = ByRow(sets, [1, 1, 3])
+    acts = [len(list(at.of(torch.zeros(3, 1, 4)))) for at in columns(model.anatomy, rows).values()]
+    assert set(acts) <= {0, 1, 2}
+    assert max(acts) == 2
+    with pytest.raises(UsageError, match="1 more arrived beside sets of every row"):
+        columns(model.anatomy, rows, sets[0])
 
 
 def test_treatments_of_other_models_and_of_routed_experts_do_not_join() -> None:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from families import FAMILIES, MOE_FAMILIES, build, sibling
+from families import FAMILIES, MOE_FAMILIES, OLD_TRANSFORMERS, build, sibling
 from safety_neurons.interventions import deactivated, patched, scaled
 from safety_neurons.model import LanguageModel, decoding
 from safety_neurons.model.batches import decoder_of
@@ -113,6 +113,57 @@ def test_a_common_start_is_read_in_one_row() -> None:
     assert answers(model, apart)[1] == len(PROMPTS) * (widest + 1 + STEPS - 1)
     short = [prompt[len(START) - 7 :] for prompt in PROMPTS]
     assert answers(model, short)[1] == len(PROMPTS) * (widest - len(START) + 7 + STEPS - 1)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope", "default"])
+def test_positions_that_are_turned_by_the_longest_row_are_read_whole(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = 12  # behind which these turn every token by other factors; prompts are of 11 to 14 tokens
+    rope: dict[str, object] = {"rope_type": kind, "rope_theta": 10000.0}
+    if kind == "dynamic":
+        rope |= {"factor": 8.0, "original_max_position_embeddings": limit}
+    if kind == "longrope":
+        half = 4
+        rope |= {
+            "short_factor": [1.0] * half,
+            "long_factor": [40.0] * half,
+            "original_max_position_embeddings": limit,
+            "factor": 4.0,
+        }
+    named = "rope_scaling" if OLD_TRANSFORMERS else "rope_parameters"
+    network = build("llama", dtype=torch.float64, max_position_embeddings=limit, **{named: rope})
+    model = LanguageModel(network)
+    model.eos_ids = ()
+    found, tokens = answers(model)
+    assert found == whole(model, monkeypatch, lambda: deactivated(model))
+    read = len(PROMPTS) * (max(map(len, PROMPTS)) + STEPS - 1)
+    assert tokens == read if kind != "default" else tokens < read
+
+
+def test_noise_is_drawn_for_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("llama")
+    noisy = functools.partial(patched, model, None, some(model), mode="noise", values=2.0)
+    with noisy():
+        found = answers(model)[0]
+    assert found == whole(model, monkeypatch, noisy)
+    assert found != answers(model)[0]
+
+
+def test_hooks_of_others_see_whole_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, lengths = model_of("llama"), []
+
+    def steer(_module: object, _args: object, output: torch.Tensor) -> torch.Tensor:
+        lengths.append(output.shape[1])
+        output[:, -1] += 3.0  # the last token of the request, and every one that is written
+        return output
+
+    handle = model.inner.get_input_embeddings().register_forward_hook(steer)
+    found = answers(model)[0]
+    assert lengths[0] == max(map(len, PROMPTS))
+    assert found == whole(model, monkeypatch, lambda: deactivated(model))
+    handle.remove()
+    assert found != answers(model)[0]
 
 
 def test_whoever_asks_about_requests_gets_whole_ones() -> None:

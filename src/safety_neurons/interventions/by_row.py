@@ -39,7 +39,7 @@ class ByRow:
 
     def keep(self, _: Any, rows: Int[Tensor, " row"]) -> None:
         """Goes on with some rows."""
-        self._which, self._spans = self._which[rows.cpu()], []
+        self._which, self._spans = self._which[rows], []
 
     def spans(self, rows: int) -> list[slice]:
         """The rows of every set.

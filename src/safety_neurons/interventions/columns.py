@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from safety_neurons.errors import DecodeError
+from safety_neurons.errors import DecodeError, UsageError
 from safety_neurons.interventions.by_row import ByRow
 from safety_neurons.model.sites import Anatomy
 from safety_neurons.neurons import NeuronSet
@@ -110,10 +110,14 @@ class ChosenColumns:
         return self.parts[0][1]
 
     def of(self, activation: Float[Tensor, "row token neuron"]) -> Iterator[tuple[Tensor, PerDevice]]:
-        """The rows of each set, as a view, with its columns."""
-        spans = None if self.by_row is None else self.by_row.spans(len(activation))
+        """The rows of each set that has some, as a view, with its columns."""
+        if self.by_row is None:
+            yield activation, self.of_all_rows
+            return
+        spans = self.by_row.spans(len(activation))
         for number, index in self.parts:
-            yield activation if spans is None else activation[spans[number]], index
+            if spans[number].start < spans[number].stop:
+                yield activation[spans[number]], index
 
 
 def columns(anatomy: Anatomy, *given: NeuronSet | Mapping[str, Any] | ByRow) -> dict[str, ChosenColumns]:
@@ -122,6 +126,11 @@ def columns(anatomy: Anatomy, *given: NeuronSet | Mapping[str, Any] | ByRow) -> 
     """
     sizes = anatomy.table.sizes
     by_row = next((one for one in given if isinstance(one, ByRow)), None)
+    if by_row is not None and len(given) > 1:
+        raise UsageError(
+            f"{len(given) - 1} more arrived beside sets of every row; expected those alone: join what is to "
+            "act in all rows to each set"
+        )
     if by_row is None:
         chosen = indices(anatomy, *(one for one in given if not isinstance(one, ByRow)))
         return {key: ChosenColumns([(0, PerDevice(index, sizes[key]))]) for key, index in chosen.items()}

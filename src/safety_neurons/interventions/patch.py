@@ -43,7 +43,7 @@ from safety_neurons.interventions.targets import (
     dense_only,
     withdraw,
 )
-from safety_neurons.model.decoding import cache_in, cache_name, without_cache
+from safety_neurons.model.decoding import Whole, cache_in, cache_name, following, without_cache
 from safety_neurons.model.hooks import around, editing, evaluating, with_forwards
 from safety_neurons.model.room import with_room
 from safety_neurons.neurons import NeuronSet
@@ -654,6 +654,8 @@ def patched(
         stack.enter_context(evaluating(subject.model))
         stack.enter_context(active(subject))
         if not isinstance(neurons, ByRow) and mode != "donor":
+            if mode == "noise":  # every row has draws of its own
+                stack.enter_context(following(Whole()))
             one = indices(subject.anatomy, neurons)
             stack.enter_context(
                 editing(subject.anatomy, constant_editors(subject, one, mode, alpha, values, seed))

@@ -499,7 +499,7 @@ class Conditional:
     def keep(self, cache: Any, rows: Int[Tensor, " row"]) -> None:
         """Keeps the answers of some rows of a cache."""
         if cache in self._by_cache:
-            self._by_cache[cache] = self._by_cache[cache][rows.cpu()]
+            self._by_cache[cache] = self._by_cache[cache][rows]
 
     def any(self) -> bool:
         """Whether there is anything to scale: never while requests are being asked about."""

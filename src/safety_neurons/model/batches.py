@@ -387,6 +387,16 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
+def hooked_by_others(model: nn.Module) -> bool:
+    """Whether a part of the model has a hook that neither this package nor transformers put there."""
+    ours = ("safety_neurons.", "transformers.")
+    return any(
+        not str(getattr(hook, "__module__", "")).startswith(ours)
+        for module in model.modules()
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    )
+
+
 IGNORED = -100
 """Label of a token that carries no loss."""
 

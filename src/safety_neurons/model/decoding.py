@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from safety_neurons.errors import UsageError
+from safety_neurons.model.batches import hooked_by_others
 from safety_neurons.model.sites import unwrapped
 
 _CACHES = ("past_key_values", "cache")
@@ -296,6 +297,16 @@ class Following(Protocol):
         """Goes on with these rows of those that there were, in a cache."""
 
 
+class Whole:
+    """Has every row read from its first token on, and needs nothing else: what is drawn for it, say."""
+
+    def alike(self) -> None:
+        """Every row is one of its own."""
+
+    def keep(self, cache: Any, rows: Int[Tensor, " row"]) -> None:
+        """Nothing to go on with."""
+
+
 _FOLLOWED_BY: list[Following] = []
 
 
@@ -311,7 +322,7 @@ def following(told: Following) -> Iterator[None]:
 
 def _keep(cache: Any, rows: Int[Tensor, " row"]) -> None:
     """Goes on with some rows of a cache."""
-    cache.batch_select_indices(rows)
+    cache.batch_select_indices(rows)  # on the processor, since layers, and a donor, may be on other devices
     _tell(cache, rows)
 
 
@@ -341,13 +352,16 @@ def _begun(model: Any, ids: Int[Tensor, "row token"], mask: Int[Tensor, "row tok
     """The empty cache, with the first columns of the batch in it where all its rows begin alike, as with a
     chat template: what they share is read in one row for each treatment, and laid to where a row begins.
 
-    So every column holds what a pass of the whole batch would put there. Where treatments hang on what is
-    read, prompts stay whole.
+    So every column holds what a pass of the whole batch would put there. Prompts stay whole where treatments
+    hang on what is read, where positions are turned by the longest row, and where hooks of others act, which
+    may look for the last token of a request.
     """
     windows = [layer.sliding_window - 1 for layer in cache.layers if getattr(layer, "sliding_window", None)]
-    shared = min(common_start(ids, mask), *windows, ids.shape[1])
+    shared = min([common_start(ids, mask), *windows])
+    if shared < SHARED or _turned_by_length(model) or hooked_by_others(model):
+        return cache
     treatments = [torch.zeros(len(ids), dtype=torch.long), *(told.alike() for told in _FOLLOWED_BY)]
-    if shared < SHARED or any(one is None for one in treatments):
+    if any(one is None for one in treatments):
         return cache
     _, like = torch.stack(treatments, 1).unique(dim=0, return_inverse=True)  # type: ignore[arg-type]
     ones = torch.tensor([like.tolist().index(number) for number in range(int(like.max()) + 1)])
@@ -359,13 +373,19 @@ def _begun(model: Any, ids: Int[Tensor, "row token"], mask: Int[Tensor, "row tok
     given = {"attention_mask": torch.ones_like(first), cache_name(model): cache, "use_cache": True}
     _tell(cache, ones)
     model(input_ids=first, **given, **fewer)
-    _keep(cache, like.to(ids.device))
+    _keep(cache, like)
     padding = ids.shape[1] - mask.sum(1)
     places = (torch.arange(shared, device=ids.device) - padding[:, None]).clamp(min=0)
     for held in (cache, getattr(cache, "twin", None)):  # A patch's donor may keep a cache of its own.
         for layer in getattr(held, "layers", ()):
             layer.keys, layer.values = _laid(layer.keys, places), _laid(layer.values, places)
     return cache
+
+
+def _turned_by_length(model: Any) -> bool:
+    """Whether how far a pass reads decides by how much its rotary embedding turns every token."""
+    kinds = (str(getattr(module, "rope_type", "")) for module in unwrapped(model).modules())
+    return any("dynamic" in kind or "longrope" in kind for kind in kinds)
 
 
 def _laid(
@@ -437,7 +457,7 @@ def decoded(
         left -= len(new[0])
         if not left or not going:
             return written, failed
-        kept = torch.tensor(going, device=ids.device)
+        kept = torch.tensor(going)
         cache = cache_in(output)
         _keep(cache, kept)
         ids = output.sequences[kept]

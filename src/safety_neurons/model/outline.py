@@ -217,7 +217,10 @@ class Outline:
         """Tokens that a template begins every prompt with; 0 where that is not known."""
         if self.tokenizer is None or self.template is None:
             return 0
-        pairs = zip(*(self._ids(Prompt("", text)) for text in UNLIKE), strict=False)
+        try:
+            pairs = zip(*(self._ids(Prompt("", text)) for text in UNLIKE), strict=False)
+        except InputError:  # such as a template that must have a system prompt
+            return 0
         return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 

@@ -565,7 +565,7 @@ class Bench:
         """
         lists = {kind: getattr(self, kind) for kind in kinds or ("harmful", "harmless")}
         groups: list[list[Arm]] = []
-        for arm in arms:
+        for arm in {arm.name: arm for arm in arms}.values():  # Sets of one name are one set.
             if not isinstance(arm.model, LanguageModel):
                 continue  # A server puts its batches together itself.
             own = next((group for group in groups if arm.joins(group[0])), None)
