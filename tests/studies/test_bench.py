@@ -242,5 +242,5 @@ def test_a_killed_study_that_had_written_answers_in_another_order_ends_with_the_
 def test_prompts_that_are_too_long_are_said_once_for_each_list(pair, tmp_path):
     long = Prompts.from_list(["how do i kill " + "x " * 3000])
     _, measuring = written(pair.base, tmp_path / "one.jsonl", harmful=long)
-    assert [note.partition(":")[0] for note in measuring.notes] == ["harmful"]
-    assert "1 of 1 prompts were longer than the context" in measuring.notes[0]
+    [said] = [note for note in measuring.notes if "longer than the context" in note]
+    assert said.startswith("harmful: 1 of 1 prompts were longer than the context")
