@@ -163,6 +163,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
     "patching": patching,
     "hooks": own("hook_cost.py", "hooks"),
     "decoding": own("decoding_cost.py", "decoding", repetitions=5),
+    "together": own("together_cost.py", "together", repetitions=5),
     "find_memory": own("find_memory.py", "find_memory", repetitions=3),
     "startup": own("startup.py", "startup"),
     "tuning": own("tuning_cost.py", "tuning"),
