@@ -156,7 +156,7 @@ def test_losses_and_divergences_leave_it_out(pair):
     assert [len(row) for row in token_divergences(lm, ids, pair[1], notes=notes)] == [
         0 if n == 2 else len(ids[n]) for n in range(6)
     ]
-    assert len(notes) == 2
+    assert sum("NaN" in note for note in notes) == 2
     assert np.isfinite(kl_divergence(lm, ids, pair[1]))
     assert kl_divergence(lm, [ids[2]], pair[1]) is None
 
