@@ -10,7 +10,6 @@ one, and checking it means compiling its check every time: it is left alone unle
 import dataclasses
 import functools
 import inspect
-import sys
 from collections.abc import Callable
 from typing import Any, ForwardRef, get_args
 
@@ -49,22 +48,9 @@ def _beartyped(function: Callable[..., Any]) -> Callable[..., Any]:
         nonlocal check
         if check is None:
             check = _compiled(function)
-            _put_in_place_of(checks, check)
         return check(*args, **options)
 
     return checks
-
-
-def _put_in_place_of(waiting: Callable[..., Any], check: Callable[..., Any]) -> None:
-    """From its second call on, a function or method that is looked up where it was defined is called without
-    the wrapper that waited for the first: that is a twentieth of a test's time.
-    """
-    owner: Any = sys.modules.get(waiting.__module__)
-    *names, name = waiting.__qualname__.split(".")
-    for part in names:
-        owner = getattr(owner, part, None)
-    if getattr(owner, "__dict__", {}).get(name) is waiting:
-        setattr(owner, name, check)
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
