@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from running import command, done, record
 
+from safety_neurons.cli.verb import DECLARED
 from safety_neurons.declarations import Count
 from safety_neurons.detectors import METHODS, Method, PromptCounts, Scored, register
 from safety_neurons.detectors.rules import Ranked
@@ -33,8 +34,11 @@ def own():
                 PromptCounts(len(run.prompts)),
             )
 
+    known = dict(DECLARED)
     yield Position
     del METHODS["position"]
+    DECLARED.clear()
+    DECLARED.update(known)
 
 
 def test_a_method_is_one_class_of_ten_lines(own, tiny_pair, tmp_path):
