@@ -159,9 +159,11 @@ class Planner:
     # Works that verbs share
 
     def read(self, what: str, lengths: Iterable[int], **how: Any) -> "Work":
-        """Texts that are read."""
+        """Texts that are read, and answered where there are `new_tokens`: a start of all is read once."""
         from safety_neurons.model.cost import Work
 
+        if how.get("new_tokens"):
+            how["shared"] = self.outline.common_start
         return Work(what, tuple(lengths), **how)
 
     def asked(
@@ -177,7 +179,6 @@ class Planner:
             new_tokens=new,
             answers=arms,
             together=together,
-            shared=self.outline.common_start,
         )
 
     def measured(self, arms: float | int, name: str = "text", limit: Any = None) -> "Work":
