@@ -55,6 +55,11 @@ def no_waiting_for_the_disk() -> Iterator[None]:
         yield
 
 
+def pytest_runtest_setup() -> None:
+    """What a test before checked is no excuse for another."""
+    type_checking.begin_test()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Quick files come last, so that at the end no worker waits long for another."""
     items.sort(key=lambda item: QUICK.index(item.path.parent.name) if item.path.parent.name in QUICK else -1)

@@ -1,5 +1,5 @@
-"""The suite's own check of annotations: what is about arrays is always checked, an inner function that is not
-is left alone.
+"""The suite's own check of annotations: first calls in every test are checked, of inner functions those that
+are about arrays.
 """
 
 import pytest
@@ -48,3 +48,16 @@ def test_axes_of_one_name_have_one_size_in_a_call():
     for sizes in ((2, 1), (3, 3)):
         with pytest.raises(TypeError, match="violates type hint"):
             joined(*map(torch.zeros, sizes))
+
+
+def test_the_first_calls_in_every_test_are_checked():
+    @type_checking.checked
+    def length(values: Float[Tensor, " neuron"]) -> int:
+        return len(values)
+
+    for _ in range(2):
+        for _ in range(type_checking.CALLS):
+            with pytest.raises(TypeError, match="violates type hint"):
+                length(torch.zeros(3, 2))
+        assert length(torch.zeros(3, 2)) == 3
+        type_checking.begin_test()

@@ -7,6 +7,7 @@ axes of one name have one size in a call. A function inside another is made anew
 one, and checking it means compiling its check every time: it is left alone unless it is about arrays.
 """
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -16,39 +17,39 @@ from typing import Any, ForwardRef, get_args
 import jaxtyping
 from beartype import BeartypeConf, beartype
 
+CALLS = 16
+"""Calls of a function that are checked in a test: those of a loop are of the same kinds."""
+_test = 0
 _check = beartype(conf=BeartypeConf(violation_type=TypeError))
 _context = functools.partial(jaxtyping.jaxtyped, "context")
 
 
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with its annotations checked at every call; an inner one only if it is about arrays."""
-    if any(map(_mentions_array, inspect.get_annotations(function).values())):
-        check = _beartyped(function)
-
-        @functools.wraps(function)
-        def within(*args: Any, **options: Any) -> Any:
-            with _context():
-                return check(*args, **options)
-
-        return within
-    return function if "<locals>" in function.__qualname__ else _beartyped(function)
-
-
-def _beartyped(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with a check that is compiled at its first call: a process calls a part of the package,
-    and compiling the checks of all of it takes half a minute. What is no plain function is compiled at once,
+    """The function with its annotations checked at its first calls in every test; an inner one only if it is
+    about arrays. The check is compiled at the first of all: a process calls a part of the package, and
+    compiling the checks of all of it takes half a minute. What is no plain function is compiled at once,
     because others ask what it is.
     """
+    of_arrays = any(map(_mentions_array, inspect.get_annotations(function).values()))
+    if not of_arrays and "<locals>" in function.__qualname__:
+        return function
+    context = _context if of_arrays else contextlib.nullcontext
     if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
         return _compiled(function)
-    check = None
+    check, test, left = None, -1, 0
 
     @functools.wraps(function)
     def checks(*args: Any, **options: Any) -> Any:
-        nonlocal check
+        nonlocal check, test, left
+        if test != _test:
+            test, left = _test, CALLS
+        if not left:
+            return function(*args, **options)
+        left -= 1
         if check is None:
             check = _compiled(function)
-        return check(*args, **options)
+        with context():
+            return check(*args, **options)
 
     return checks
 
@@ -83,6 +84,12 @@ def install() -> None:
     or class.
     """
     jaxtyping.jaxtyped = lambda **_: _checked
+
+
+def begin_test() -> None:
+    """Check every function's first calls again."""
+    global _test
+    _test += 1
 
 
 def _mentions_array(annotation: Any) -> bool:
