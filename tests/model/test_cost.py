@@ -97,20 +97,27 @@ def test_a_token_passes_22_of_the_235_billion_parameters_of_a_mixture(tmp_path: 
 
 
 def test_no_logits_are_counted_where_none_are_needed(tmp_path: pathlib.Path) -> None:
-    small = {**LLAMA_70B, "hidden_size": 64, "intermediate_size": 96, "head_dim": 1, "num_hidden_layers": 2}
+    small = {
+        **LLAMA_70B,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_attention_heads": 8,
+        "head_dim": 8,
+        "num_hidden_layers": 2,
+    }
     outline = outline_of({**small, "vocab_size": 262144}, tmp_path / "model")
     read, losses, written = (
         cost(outline, [work], outline.weights_bytes, 0)
         for work in (
-            Work("read", (32000,)),
+            Work("read", (320,)),
             Work("losses", (400,), logits=True),
-            Work("answers", (32000,), passes=0, new_tokens=8, answers=1),
+            Work("answers", (320,), passes=0, new_tokens=8, answers=1),
         )
     )
     assert (read.logits_bytes, read.cache_bytes) == (0, 0)
     assert losses.logits_bytes == 400 * 262144 * (2 + 4)
     assert written.logits_bytes == 262144 * (2 + 4)  # of one token a sequence
-    assert written.cache_bytes == 32008 * 2 * 2 * 8 * 2
+    assert written.cache_bytes == 328 * 2 * 2 * 64 * 2
     assert read.memory_bytes < losses.memory_bytes
 
 

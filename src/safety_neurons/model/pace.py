@@ -139,8 +139,10 @@ class Throughput:
         assert self._layers is not None
         layer = self._layers.timed
         token = 2.0 * self._outline.passed_in(layer)
-        tokens = max(1, min(tokens, round(self._most / token)))
-        rows = max(1, min(rows, round(self._most / token / tokens)))
+        while tokens > 1 and tokens * (token + attended_in(self._outline, layer, tokens)) > self._most:
+            tokens //= 2  # of narrow layers attention is the most of it, and grows by the square
+        of_row = tokens * (token + attended_in(self._outline, layer, tokens))
+        rows = max(1, min(rows, round(self._most / of_row)))
         held = min(held, max(1, round(self._most / token / rows)))
         keys = attended_in(self._outline, layer, tokens + 2 * held)
         return rows * tokens * (token + keys) / self._layers.seconds(rows, tokens, held)
