@@ -532,3 +532,68 @@ def test_a_resized_vocabulary_is_taken_from_the_adapter(tmp_path, tied):
     save_file(wide, tmp_path / "adapter" / "adapter_model.safetensors")
     with pytest.raises(MismatchError, match=r"brings an embedding of \[101, 31\]"):
         load(f"{base}+{tmp_path / 'adapter'}")
+
+
+@pytest.mark.parametrize("begins", ["pissa", "olora", "kasa"])
+def test_a_base_that_an_adapter_takes_a_part_out_of_is_not_shared(folders, tmp_path, begins):
+    if begins == "kasa":
+        kasa = getattr(peft.tuners.lora.config, "KasaConfig", None)
+        if kasa is None:
+            pytest.skip("this PEFT has no KaSA")
+        config = peft.LoraConfig(r=2, kasa_config=kasa(), **TARGETS)
+    else:
+        config = peft.LoraConfig(r=2, init_lora_weights=begins, **TARGETS)
+    folder, expected = _tuned(folders["base"], tmp_path / begins, config)
+    pair = load_pair(folders["base"], f"{folders['base']}+{folder}")
+    assert torch.equal(_logits(pair.base), _logits(load(folders["base"])))
+    with torch.no_grad(), pair.aligned.running():
+        assert torch.allclose(pair.aligned.model(torch.arange(5, 15)[None]).logits, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [
+        ("init_lora_weights", "pissa_niter_4"),
+        ("init_lora_weights", "lora_ga"),
+        ("init_lora_weights", "corda"),
+        ("alora_invocation_tokens", [5, 6]),
+        ("use_rslora", "false"),
+        ("use_rslora", 0),
+        ("lora_alpha", "16"),
+        ("lora_alpha", True),
+        ("lora_alpha", float("nan")),
+        ("lora_alpha", float("inf")),
+        ("alpha_pattern", {"q_proj": float("nan")}),
+        ("peft_type", "lora"),
+        ("peft_type", None),
+        ("peft_type", "OF_TOMORROW"),
+        ("peft_type", ["LORA"]),
+    ],
+)
+def test_an_entry_that_would_be_computed_as_something_else_is_refused_by_its_name(
+    folders, tmp_path, entry, value
+):
+    folder = _configured(shutil.copytree(folders["lora"], tmp_path / "odd"), **{entry: value})
+    with pytest.raises(ModelError, match=rf"adapter_config\.json.* {entry}.*; expected") as caught:
+        load(f"{folders['base']}+{folder}")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ({"use_new_trick": True}, "use_new_trick"),
+        ({"use_new_trick": False, "another": None, "third": []}, None),
+        ({"lora_alpha": ...}, "no lora_alpha; PEFT's 8"),
+        ({"alpha_pattern": {"q_porj": 64}}, "alpha_pattern names 'q_porj'"),
+        ({"rank_pattern": {"0.self_attn.v_proj": 4}}, "rank_pattern names '0.self_attn.v_proj'"),
+        ({"alpha_pattern": {"q_proj": 64}, "rank_pattern": {"layers.0.mlp.down_proj": 2}}, None),
+    ],
+)
+def test_what_a_configuration_says_and_nobody_does_is_noted(folders, tmp_path, entries, said):
+    folder = shutil.copytree(folders["lora"], tmp_path / "new")
+    path = folder / "adapter_config.json"
+    config = {**json.loads(path.read_text()), **entries}
+    path.write_text(json.dumps({name: value for name, value in config.items() if value is not ...}))
+    notes = load(f"{folders['base']}+{folder}").notes
+    assert [said in note for note in notes] == ([] if said is None else [True])

@@ -1,6 +1,8 @@
 """PEFT adapters: stacked, unmerged, switched for a block, with every missing or unknown weight an error."""
 
 import contextlib
+import dataclasses
+import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -52,7 +54,10 @@ def adapter_config(folder: Path) -> Any:
             f"{folder}: no {WEIGHTS}{pickled if (folder / 'adapter_model.bin').exists() else ''}; "
             "expected the adapter's weights"
         )
-    refuse_patterns(folder / "adapter_config.json", read_config(folder / "adapter_config.json"))
+    path = folder / "adapter_config.json"
+    found = read_config(path)
+    refuse_patterns(path, found)
+    _refuse_values(path, found)
     try:
         config = peft.PeftConfig.from_pretrained(str(folder))
     except Exception as error:  # of several libraries
@@ -70,6 +75,7 @@ def adapter_config(folder: Path) -> Any:
             f"{folder}: a {kind_of(config)} adapter is no change of weights; expected one that is, "
             "such as LoRA or (IA)³"
         )
+    _refuse_beginnings(folder, config)
     held = read_headers([folder / WEIGHTS])
     # VB-LoRA keeps the places of its vectors beside them.
     if named := sorted(name for name in held.whole if "indices" not in name):
@@ -85,6 +91,72 @@ def adapter_config(folder: Path) -> Any:
             f"{widest}; expected its"
         )
     return config
+
+
+def _refuse_values(path: Path, found: Mapping[str, Any]) -> None:
+    """Refuses what PEFT would compute with as something else than what the file says: it looks into no value,
+    so that the text "false" is true to it, and NaN is a scale.
+
+    Raises:
+        ModelError: Names the entry.
+    """
+    import peft
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    kind = found.get("peft_type")
+    if not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise ModelError(
+            f"{path}: says peft_type {str(kind)[:40]!r}; expected one that peft {peft.__version__} knows, "
+            "such as LORA or IA3: save the adapter with PEFT, or update it"
+        )
+    for entry in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[kind]):
+        value = found.get(entry.name)
+        truth, number = entry.type in (bool, "bool"), entry.type in (int, float, "int", "float")
+        if value is not None and (
+            (truth and not isinstance(value, bool))
+            or (number and (isinstance(value, bool) or not isinstance(value, int | float)))
+        ):
+            what = "true or false" if truth else "a number"
+            raise ModelError(f"{path}: {entry.name} is {str(value)[:40]!r}; expected {what}: correct it")
+    for name in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(value := found.get(name) or {}, dict):
+            raise ModelError(
+                f"{path}: {name} is {str(value)[:40]!r}; expected an object of numbers by modules: correct it"
+            )
+    for name, value in found.items():
+        for number in value.values() if isinstance(value, dict) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ModelError(f"{path}: {name} holds {number}; expected finite numbers: correct it")
+
+
+_BEGINNINGS = ("pissa_niter_", "corda", "lora_ga", "loftq")
+"""Ways in which adapters begin with a part of the base model's weights, taken out of these, that cannot be
+computed again: from random numbers, data or gradients.
+"""
+
+
+def _refuse_beginnings(folder: Path, config: Any) -> None:
+    begins = str(getattr(config, "init_lora_weights", "")).lower()
+    if begins.startswith(_BEGINNINGS):
+        raise ModelError(
+            f"{folder}: adapter_config.json says init_lora_weights {begins[:40]!r}: a part of the base's "
+            "weights that cannot be computed again is to be taken out of them; expected an adapter that was "
+            "converted (save_pretrained with path_initial_model_for_weight_conversion), or true there and "
+            "the residual model as the base"
+        )
+    if getattr(config, "alora_invocation_tokens", None):
+        raise ModelError(
+            f"{folder}: adapter_config.json says alora_invocation_tokens, from which on alone the adapter "
+            "acts; expected one that is a change of weights, such as LoRA"
+        )
+
+
+def changes_base(config: Any) -> bool:
+    """Whether an adapter takes a part out of the base model's own weights when it is put on: PiSSA, OLoRA and
+    KaSA do, so that the base is another model from then on, with the adapter off too.
+    """
+    begins = str(getattr(config, "init_lora_weights", "")).lower()
+    return begins in ("pissa", "olora") or getattr(config, "kasa_config", None) is not None
 
 
 def _sizes(config: Any) -> Iterator[tuple[str, int]]:
@@ -185,6 +257,37 @@ def foreign_base(base: str, folder: Path, adapters: Sequence[Path], configs: Seq
         made_for = str(config.base_model_name_or_path or "").rstrip("/")
         if made_for and Path(made_for).name.casefold() not in {name.casefold() for name in names}:
             notes.append(f"{adapter.name}: says it was made for {made_for!r} and is put on {base!r}")
+    return notes
+
+
+def not_done(adapters: Sequence[Path], configs: Sequence[Any]) -> list[str]:
+    """A line for whatever an adapter's configuration says that PEFT passes over, or leaves to PEFT to say."""
+    notes = []
+    for adapter, config in zip(adapters, configs, strict=True):
+        found = read_config(adapter / "adapter_config.json")
+        known = {entry.name for entry in dataclasses.fields(config)}
+        if asked := sorted(name for name in found if name not in known and found[name]):
+            notes.append(
+                f"{adapter.name}: adapter_config.json says {', '.join(asked)[:200]}, which the PEFT that is "
+                "installed does not know and does not do"
+            )
+        if kind_of(config) != "LORA":
+            continue
+        if found.get("lora_alpha") is None:
+            notes.append(
+                f"{adapter.name}: adapter_config.json says no lora_alpha; PEFT's {config.lora_alpha} is taken"
+            )
+        modules = {name.partition(".lora_")[0] for name in read_headers([adapter / WEIGHTS]).shapes}
+        for part in ("rank_pattern", "alpha_pattern"):
+            idle = [
+                pattern
+                for pattern in getattr(config, part) or ()
+                if not any(re.match(rf"(.*\.)?({pattern})$", module) for module in modules)
+            ]
+            if idle:
+                notes.append(
+                    f"{adapter.name}: the {part} names {idle[0][:80]!r}, which no weight of the adapter is of"
+                )
     return notes
 
 

@@ -16,10 +16,12 @@ from safety_neurons.errors import MismatchError, ModelError, NumericalError, Usa
 from safety_neurons.model.adapters import (
     adapter_config,
     attach,
+    changes_base,
     check_one_kind,
     foreign_base,
     kind_of,
     merge,
+    not_done,
     resized_rows,
     resized_vocabulary,
     untrained,
@@ -204,8 +206,13 @@ def load_several(specs: Sequence[str | Path], **options: Any) -> list[LanguageMo
 
 
 def _one_base(models: Sequence[Sequence[Path]]) -> bool:
-    """Whether one model in memory can hold all: one base, one type of adapter, one size of vocabulary."""
-    kinds = {kind_of(adapter_config(folder)) for folders in models for folder in folders[1:]}
+    """Whether one model in memory can hold all: one base, which no adapter changes, one type of adapter, one
+    size of vocabulary.
+    """
+    configs = [adapter_config(folder) for folders in models for folder in folders[1:]]
+    if any(map(changes_base, configs)):
+        return False
+    kinds = set(map(kind_of, configs))
     rows = {
         tuple(rows for folder in folders[1:] if (rows := resized_rows(folder, folders[0])))
         for folders in models
@@ -236,6 +243,7 @@ def _views(
         notes.append(f"{named_base} was dequantised to float32, once, into {base}")
         notes += left_out(base)
     notes += foreign_base(named_base, base, adapters, configs) + untrained(adapters, configs)
+    notes += not_done(adapters, configs)
     notes += [note for folder in adapters if (note := resized_vocabulary(model, folder))]
     model = (merge if loading.merge_adapters else attach)(model, adapters, configs)
     check_finite(model)
