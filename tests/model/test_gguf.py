@@ -70,8 +70,17 @@ def file(original, tmp_path_factory) -> pathlib.Path:
     return written(original, tmp_path_factory.mktemp("gguf") / "tiny model.gguf")
 
 
-def written(original, path: pathlib.Path, without: str = "", beside: tuple[str, ...] = ()) -> pathlib.Path:
-    """The GGUF file of a model, without one of its tensors, with others beside them."""
+def written(
+    original,
+    path: pathlib.Path,
+    without: str = "",
+    beside: tuple[str, ...] = (),
+    also=lambda _: None,
+    cut: str = "",
+) -> pathlib.Path:
+    """The GGUF file of a model, without one of its tensors, with others beside them, or one cut by a row, and
+    with what else the writer is told.
+    """
     config = original.config
     writer = writing.GGUFWriter(str(path), "qwen2")
     writer.add_context_length(config.max_position_embeddings)
@@ -96,9 +105,10 @@ def written(original, path: pathlib.Path, without: str = "", beside: tuple[str, 
         layer = stem.removeprefix("model.layers.").split(".", 1) if stem.startswith("model.layers.") else None
         short = f"blk.{layer[0]}.{NAMES[layer[1]]}" if layer else NAMES[stem]
         if f"{short}.{kind}" != without:
-            writer.add_tensor(f"{short}.{kind}", value.numpy())
+            writer.add_tensor(f"{short}.{kind}", value.numpy()[int(f"{short}.{kind}" == cut) :].copy())
     for name in beside:
         writer.add_tensor(name, np.ones(8, np.float32))
+    also(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -173,6 +183,64 @@ def test_what_no_weight_is_made_of_is_said_at_every_load(original, file, tmp_pat
     tied = sn.load(written(original, tmp_path / "tied.gguf", without="output.weight"))
     assert torch.equal(tied.model.lm_head.weight, original.model.embed_tokens.weight)
     assert not any("numbers of" in note for note in tied.notes)
+
+
+@pytest.mark.parametrize(
+    ("names", "also"),
+    [
+        (
+            ["rope.scaling.type", "rope.scaling.factor"],
+            lambda writer: [
+                writer.add_rope_scaling_type(writing.RopeScalingType.YARN),
+                writer.add_rope_scaling_factor(4.0),
+            ],
+        ),
+        (["attention.sliding_window"], lambda writer: writer.add_sliding_window(4)),
+        (["logit_scale"], lambda writer: writer.add_logit_scale(0.5)),
+        (["rope.dimension_count"], lambda writer: writer.add_rope_dimension_count(4)),
+        (["of_tomorrow"], lambda writer: writer.add_float32("qwen2.of_tomorrow", 2.0)),
+        (
+            [],
+            lambda writer: [
+                writer.add_rope_scaling_type(writing.RopeScalingType.NONE),
+                writer.add_rope_scaling_factor(1.0),
+                writer.add_rope_dimension_count(8),
+                writer.add_key_length(8),
+                writer.add_value_length(8),
+                writer.add_name("tiny"),
+            ],
+        ),
+    ],
+)
+def test_what_a_file_says_of_its_model_and_nobody_reads_is_said_at_every_load(
+    original, tmp_path, names, also
+):
+    path = written(original, tmp_path / "odd.gguf", also=also)
+    for _ in range(2):
+        said = [note for note in sn.load(path).notes if "passes over" in note]
+        assert len(said) == bool(names)
+        assert all(f"qwen2.{name}" in note for note in said for name in names)
+
+
+def test_a_weight_of_another_shape_is_named(original, cache, tmp_path):
+    path = written(original, tmp_path / "cut.gguf", cut="blk.0.ffn_up.weight")
+    with pytest.raises(ModelError, match=r"layers\.0\.mlp\.up_proj\.weight is \[63, 32\], not \[64, 32\]"):
+        sn.load(path)
+    assert [place for place in cache.iterdir() if place.is_dir()] == []
+
+
+@pytest.mark.parametrize("lost", ["model.safetensors", "config.json", "tokenizer.json", "half", "all"])
+def test_a_copy_in_the_cache_that_is_no_longer_whole_is_made_anew(file, lost):
+    folder = reading.converted(file)
+    before = {path.name: file_sha256(path) for path in folder.iterdir()}
+    weights = folder / "model.safetensors"
+    if lost == "half":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    for path in list(folder.iterdir()):
+        if lost in ("all", path.name):
+            path.unlink()
+    sn.load(file)
+    assert {path.name: file_sha256(path) for path in folder.iterdir()} == before
 
 
 def test_without_the_package_the_error_says_what_to_install(file, monkeypatch):

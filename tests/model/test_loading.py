@@ -521,6 +521,13 @@ def test_a_config_that_claims_more_than_its_files_hold_is_refused_before_it_is_b
     assert _one_line(error)
 
 
+@pytest.mark.parametrize("place", ["rms_norm_eps", "rope_parameters"])
+def test_a_config_of_which_a_number_is_none_is_refused(base, tmp_path, place):
+    nan = float("nan") if place == "rms_norm_eps" else {"rope_type": "default", "rope_theta": float("nan")}
+    with pytest.raises(ModelError, match=r"(rms_norm_eps|rope_theta) is NaN; expected a number"):
+        load(_configured(_copy(base, tmp_path / "nan"), **{place: nan}))
+
+
 @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/hostname", "pytorch_model.bin"])
 def test_an_index_names_safetensors_files_of_its_folder_only(base, tmp_path, name):
     folder = _copy(base, tmp_path / "indexed")

@@ -258,8 +258,10 @@ def refuse_claims(path: Path, weights: Weights | None = None) -> dict[str, Any]:
     config = read_config(path)
     most = _UNTOLD if weights is None else max(_FEW, 4 * len(weights.shapes), 4 * weights.widest)
     held = "" if weights is None else f", and its files hold {len(weights.shapes)} tensors"
-    for name, value in _counts(config):
-        if value > most:
+    for name, value in _numbers(config):
+        if math.isnan(value):
+            raise ModelError(f"{path}: {name} is NaN; expected a number: correct it, or download it again")
+        if value > most and isinstance(value, int) and _COUNTED.search(name):
             raise ModelError(f"{path}: {name} is {value:,}{held}; expected as many as there are")
     layers = config.get("num_hidden_layers")
     if weights is not None and isinstance(layers, int) and layers > len(weights.shapes):
@@ -267,13 +269,13 @@ def refuse_claims(path: Path, weights: Weights | None = None) -> dict[str, Any]:
     return config
 
 
-def _counts(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
-    """Numbers of parts in a configuration and those inside it."""
+def _numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, int | float]]:
+    """The numbers in a configuration and those inside it, by their names."""
     waiting: list[Any] = [config]
     while waiting:
         item = waiting.pop()
         for name, value in item.items() if isinstance(item, Mapping) else ():
-            if isinstance(value, int) and _COUNTED.search(str(name)):
+            if isinstance(value, int | float):
                 yield str(name), value
             elif isinstance(value, (list, Mapping)):
                 waiting.extend(value if isinstance(value, list) else [value])

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import filelock
@@ -24,14 +24,14 @@ import torch
 
 from safety_neurons.counting import numbered
 from safety_neurons.errors import InputError, ModelError, RunError, first_line
-from safety_neurons.model.files import read_config
+from safety_neurons.model.files import read_config, read_headers, weight_files
 from safety_neurons.results.run import file_sha256, whole_folder
 
 MAGIC = b"GGUF"
 SUFFIX = ".gguf"
 REAL = "real:"
 """Before the name of a packaged checkpoint, as a model is named."""
-CONVERSION = 1
+CONVERSION = 2
 """Counts up when the same file would give another folder."""
 LEFT_OUT = "left-out.txt"
 """Beside converted weights: what of the file is in none of them. A note of every load, not of the first
@@ -67,19 +67,33 @@ def converted(path: pathlib.Path) -> pathlib.Path:
         package `gguf` is not installed. RunError: The cache cannot be written.
     """
     folder = cache_folder() / f"{path.stem[:60]}-{file_sha256(path)[:16]}-{CONVERSION}"
-    if not folder.is_dir():
+    if not _is_whole(folder):
         with _locked(folder):
-            if not folder.is_dir():  # another process may have made it while this one waited
-                held = _check(path)
+            if not _is_whole(folder):  # another process may have made it while this one waited
+                held, unread = _check(path)
                 with whole_folder(folder) as partial:
-                    _convert(path, partial, held)
+                    _convert(path, partial, held, unread)
     return folder
 
 
+def _is_whole(folder: pathlib.Path) -> bool:
+    """Whether a converted folder still holds what it was made with: a cache may be cleared in part, or its
+    disk have run full.
+    """
+    try:
+        read_config(folder / "config.json")
+        read_headers(weight_files(folder))
+    except ModelError:
+        return False
+    return (folder / "tokenizer_config.json").is_file() and any(
+        (folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")
+    )
+
+
 def left_out(folder: pathlib.Path) -> list[str]:
-    """What a conversion left out of the folder that it made, in a sentence; nothing where all is there."""
+    """What a conversion left out of the folder that it made, a sentence each; nothing where all is there."""
     place = folder / LEFT_OUT
-    return [place.read_text(encoding="utf-8")] if place.is_file() else []
+    return place.read_text(encoding="utf-8").splitlines() if place.is_file() else []
 
 
 @contextlib.contextmanager
@@ -99,8 +113,8 @@ def _locked(folder: pathlib.Path) -> Iterator[None]:
         lock.release()
 
 
-def _check(path: pathlib.Path) -> dict[str, int]:
-    """How many numbers each tensor of the file holds.
+def _check(path: pathlib.Path) -> tuple[dict[str, int], list[str]]:
+    """How many numbers each tensor of the file holds, and what it says of the model that is not read.
 
     Refuses what is no whole GGUF file before anything is loaded.
     """
@@ -128,10 +142,51 @@ def _check(path: pathlib.Path) -> dict[str, int]:
         raise ModelError(
             f"{path}: {path.stat().st_size:,} bytes, its header asks for {end:,}; download it again"
         )
-    return {str(tensor.name): int(tensor.n_elements) for tensor in reader.tensors}
+    held = {str(tensor.name): int(tensor.n_elements) for tensor in reader.tensors}
+    said = {  # A tokenizer says a hundred thousand words.
+        name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.")
+    }
+    return held, _unread(said)
 
 
-def _convert(path: pathlib.Path, folder: pathlib.Path, held: Mapping[str, int]) -> None:
+_NEUTRAL: Mapping[str, object] = {
+    "rope.scaling.type": "none",
+    "rope.scaling.factor": 1.0,
+    "attention.causal": True,
+    "expert_count": 0,
+    "expert_used_count": 0,
+}
+"""What a file may say of a model that is then as it is without that word."""
+_WIDTHS = ("rope.dimension_count", "attention.key_length", "attention.value_length")
+
+
+def _unread(said: Mapping[str, Any]) -> list[str]:
+    """What a file says of its model beside the tensors that transformers takes into no configuration, such as
+    how positions are stretched.
+    """
+    from transformers.modeling_gguf_pytorch_utils import GGUF_TO_TRANSFORMERS_MAPPING
+
+    kind = str(said.get("general.architecture"))
+    read = {
+        name.replace("_", ""): {entry for entry, known in names.items() if known is not None}
+        for name, names in GGUF_TO_TRANSFORMERS_MAPPING["config"].items()
+    }.get(re.sub("[-_]", "", kind), set())
+    own = {name.removeprefix(f"{kind}."): one for name, one in said.items() if name.startswith(f"{kind}.")}
+    heads = own.get("attention.head_count")
+    width = own.get("embedding_length", 0) / heads if isinstance(heads, int) and heads else None
+    width = own.get("attention.key_length", width) if "attention.key_length" in read else width
+    return [
+        f"{kind}.{name}"
+        for name, one in own.items()
+        if name not in read | {"vocab_size"}  # the list of tokens says it too
+        and one != _NEUTRAL.get(name)
+        and not (name in _WIDTHS and one == width)
+    ]
+
+
+def _convert(
+    path: pathlib.Path, folder: pathlib.Path, held: Mapping[str, int], unread: Sequence[str]
+) -> None:
     import transformers
 
     place: dict[str, Any] = {
@@ -141,7 +196,10 @@ def _convert(path: pathlib.Path, folder: pathlib.Path, held: Mapping[str, int]) 
     }
     try:
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            **place, dtype=torch.float32, output_loading_info=True
+            **place,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are an error below, in a line that names them
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(**place)
     except Exception as error:  # transformers raises errors of many kinds for what it cannot map
@@ -156,16 +214,30 @@ def _convert(path: pathlib.Path, folder: pathlib.Path, held: Mapping[str, int]) 
             f"{path}: {numbered(len(missing), 'weight')} of the model not in the file ({missing[0]}); "
             "expected all of them in one file: join the parts, or give the original checkpoint"
         )
+    if wrong := sorted(info.get("mismatched_keys") or ()):
+        name, shape, expected = wrong[0]
+        raise ModelError(
+            f"{path}: {numbered(len(wrong), 'weight does', 'weights do')} not fit what the file says of the "
+            f"model ({name} is {list(shape)}, not {list(expected)}); download it again, or give the original "
+            "checkpoint"
+        )
     known = {value.data_ptr(): value.numel() for value in model.state_dict().values()}
+    notes = []
     if (lost := sum(held.values()) - sum(known.values())) > 0:
         rotary = ", ".join(name for name in held if name.startswith("rope_"))
         turned = f" ({rotary}: positions are turned otherwise)" if rotary else ""
-        (folder / LEFT_OUT).write_text(
+        notes.append(
             f"{lost:,} of the {sum(held.values()):,} numbers of {path.name} are in no weight that "
             f"transformers {transformers.__version__} reads{turned}; where the file's own program uses them "
-            "it computes something else",
-            encoding="utf-8",
+            "it computes something else"
         )
+    if unread:
+        notes.append(
+            f"transformers {transformers.__version__} passes over what {path.name} says of its model under "
+            f"{', '.join(unread)[:400]}; where the file's own program goes by it, it computes something else"
+        )
+    if notes:
+        (folder / LEFT_OUT).write_text("\n".join(notes), encoding="utf-8")
     # The weights are plain float32 now: a folder that still said "quantised" would be loaded as something it
     # is not.
     for name in ("quantization_config", "_pre_quantization_dtype"):
