@@ -109,7 +109,7 @@ def _refuse_values(path: Path, found: Mapping[str, Any]) -> None:
             f"{path}: says peft_type {str(kind)[:40]!r}; expected one that peft {peft.__version__} knows, "
             "such as LORA or IA3: save the adapter with PEFT, or update it"
         )
-    for entry in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[kind]):
+    for entry in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind)]):
         value = found.get(entry.name)
         truth, number = entry.type in (bool, "bool"), entry.type in (int, float, "int", "float")
         if value is not None and (

@@ -167,9 +167,10 @@ def _unread(said: Mapping[str, Any]) -> list[str]:
     from transformers.modeling_gguf_pytorch_utils import GGUF_TO_TRANSFORMERS_MAPPING
 
     kind = str(said.get("general.architecture"))
+    known: Mapping[str, Any] = GGUF_TO_TRANSFORMERS_MAPPING
     read = {
-        name.replace("_", ""): {entry for entry, known in names.items() if known is not None}
-        for name, names in GGUF_TO_TRANSFORMERS_MAPPING["config"].items()
+        name.replace("_", ""): {entry for entry, taken in names.items() if taken is not None}
+        for name, names in known["config"].items()
     }.get(re.sub("[-_]", "", kind), set())
     own = {name.removeprefix(f"{kind}."): one for name, one in said.items() if name.startswith(f"{kind}.")}
     heads = own.get("attention.head_count")
