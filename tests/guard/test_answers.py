@@ -240,9 +240,17 @@ def test_the_file_keeps_the_classifier_for_answers(
     assert [one.token_ids for one in ours] == [one.token_ids for one in theirs]
     other = fit_like(guard, tiny_model(seed=1))
     other.save(tmp_path / "other")
-    (tmp_path / "other" / "answers" / "guard.json").replace(tmp_path / "guard" / "answers" / "guard.json")
-    with pytest.raises(InputError, match="answers of another guard"):
-        Guard.load(tmp_path / "guard")
+    inside = tmp_path / "guard" / "answers"
+    inside.rename(tmp_path / "set aside")
+    assert guard.answers is not None
+    for answers, refused in (
+        (guard.answers.with_threshold(0.123), "not as Guard.save wrote it"),
+        (other.answers, "answers of another guard"),
+    ):
+        assert answers is not None
+        answers.save(inside)
+        with pytest.raises(InputError, match=refused):
+            Guard.load(tmp_path / "guard")
 
 
 def fit_like(guard: Guard, model: LanguageModel) -> Guard:

@@ -250,6 +250,7 @@ def test_rates_of_older_and_newer_files_load(guard: Guard, tmp_path: Path, more:
     recheck = Recheck(4, 16, 0.5, 0.05, RATE, RATE, True)
     dataclasses.replace(guard, operating_points=points, recheck=recheck).save(tmp_path)
     facts = json.loads((tmp_path / "guard.json").read_text())
+    del facts["sealed_sha256"]  # files of earlier versions have none
     old = {
         "value": RATE.value,
         "low": RATE.low,
@@ -333,6 +334,31 @@ def test_a_field_that_makes_no_sense_is_one_line(
     with pytest.raises(SafetyNeuronsError) as caught:
         Guard.load(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("what", ["threshold", "in_force", "bias", "point", "extra", "weights", "thresholds"])
+def test_numbers_changed_by_hand_and_files_of_two_guards_are_refused(
+    model: LanguageModel, guard: Guard, tmp_path: Path, what: str
+) -> None:
+    points = (OperatingPoint(0.05, 0.7, RATE, RATE, True),)
+    whole = dataclasses.replace(guard, operating_points=points, in_force="fpr 0.05", notes=("a note",))
+    whole.save(tmp_path / "guard")
+    path, other = tmp_path / "guard" / "guard.json", tmp_path / "other"
+    facts = json.loads(path.read_text())
+    path.write_text(json.dumps(facts | {"notes": [], "bindings": facts["bindings"] | {"model": "mine"}}))
+    Guard.load(tmp_path / "guard", model)  # words for people
+    torch.manual_seed(3)
+    moved = dataclasses.replace(guard.classifier, weights=torch.randn(guard.classifier.n_features))
+    dataclasses.replace(guard, classifier=moved).save(other)
+    if what in ("weights", "thresholds"):
+        name = "guard.safetensors" if what == "weights" else "guard.json"
+        (other / name).replace(path.with_name(name))
+    else:
+        changed: dict[str, Any] = {"threshold": 0.01, "in_force": "fpr 0.001", "bias": 0.2, "extra": 1}
+        facts["operating_points"][0]["threshold"] = 0.99
+        path.write_text(json.dumps(facts if what == "point" else facts | {what: changed[what]}))
+    with pytest.raises(InputError, match=r"not as Guard\.save wrote it.*; expected one guard"):
+        Guard.load(tmp_path / "guard", model)
 
 
 def hostile() -> dict[str, bytes]:

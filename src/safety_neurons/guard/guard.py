@@ -54,16 +54,23 @@ from safety_neurons.guard.features import (
 )
 from safety_neurons.guard.verdict import LONGEST_WORDS, Status, TopNeuron, Verdict, counting, largest
 from safety_neurons.model import Batch, BatchSize, Encoded, LanguageModel
-from safety_neurons.model.identity import plain_name, template_sha256, tokenizer_sha256, weights_sha256
+from safety_neurons.model.identity import (
+    json_sha256,
+    plain_name,
+    template_sha256,
+    tokenizer_sha256,
+    weights_sha256,
+)
 from safety_neurons.model.passes import in_order
 from safety_neurons.neurons import NeuronSet, Provenance
 from safety_neurons.neurons.sets import header, stored_table
 from safety_neurons.prompt_lists import as_prompt
-from safety_neurons.results import Rate, notebook, write_bytes, write_json
+from safety_neurons.results import Rate, notebook, plain, write_bytes, write_json
 from safety_neurons.results.run import ordered_header
 
 SCHEMA = "safety-neurons-guard/1"
 WEIGHTS, FACTS, ANSWERS = "guard.safetensors", "guard.json", "answers"
+SEAL = "sealed_sha256"
 VECTORS = ("weights", "mean", "scale")
 MEMBERS = "neurons/"
 MOST_NEURONS = 5_000_000
@@ -647,9 +654,11 @@ class Guard:
             one.name: getattr(self, one.name, getattr(self.classifier, one.name, None))
             for one in dataclasses.fields(GuardFacts)
         }
-        write_json(place / FACTS, {"schema": SCHEMA, **facts, "n_neurons": len(self.neurons)})
+        told = plain({"schema": SCHEMA, **facts, "n_neurons": len(self.neurons)})
         if self.answers is not None:
             self.answers.save(place / ANSWERS)
+        seal = _seal(told, self.classifier, self.neurons, place / ANSWERS if self.answers else None)
+        write_json(place / FACTS, {**told, SEAL: seal})
 
     @staticmethod
     def load(folder: str | os.PathLike[str], model: LanguageModel | None = None) -> "Guard":
@@ -679,12 +688,39 @@ class Guard:
                 if hasattr(facts, one.name)
             }
             guard = Guard(neurons=neurons, classifier=classifier, **shared)
+            if facts.n_neurons != len(neurons):
+                raise InputError(f"{facts.n_neurons} neurons, and {WEIGHTS} holds {len(neurons)}")
         except InputError as error:
             raise InputError(f"{str(place / FACTS)!r} is damaged: {error}") from error
-        inside = place / ANSWERS
-        if facts.recheck is not None and facts.recheck.own:
-            guard = dataclasses.replace(guard, answers=_of_answers(inside, guard))
+        own = facts.recheck is not None and facts.recheck.own
+        if own:
+            guard = dataclasses.replace(guard, answers=_of_answers(place / ANSWERS, guard))
+        # Files of earlier versions have no seal.
+        if (
+            found.get(SEAL, seal := _seal(found, classifier, neurons, place / ANSWERS if own else None))
+            != seal
+        ):
+            raise InputError(
+                f"{str(place)!r} is not as Guard.save wrote it: a number was changed by hand, or a file is "
+                "another guard's; expected one guard: copy the whole folder again, and give a threshold of "
+                "your own as --threshold or Guard.with_threshold"
+            )
         return guard if model is None else guard.bind(model)
+
+
+def _seal(
+    told: Mapping[str, Any], classifier: Classifier, neurons: NeuronSet, answers: pathlib.Path | None
+) -> str:
+    """Hash of what the files of a guard say together, words for people aside: its weights with the thresholds
+    of another guard would keep no false-positive rate, and look like a guard.
+    """
+    facts = {name: value for name, value in told.items() if name not in ("notes", SEAL)}
+    facts["bindings"] = {name: value for name, value in facts["bindings"].items() if name != "model"}
+    inner = None if answers is None else _read_facts(answers / FACTS).get(SEAL)
+    vectors = [*(getattr(classifier, name).numpy() for name in VECTORS), *dict(neurons.items()).values()]
+    return json_sha256(
+        [facts, inner, *(hashlib.sha256(np.ascontiguousarray(one).tobytes()).hexdigest() for one in vectors)]
+    )
 
 
 def _of_answers(place: pathlib.Path, guard: Guard) -> Guard:
@@ -730,6 +766,10 @@ class GuardFacts:
             raise InputError(
                 f"a guard whose threshold is said to come from {len(self.in_force):,} characters; "
                 "expected a few words"
+            )
+        if not isinstance(self.report.get("recalibrated") or {}, Mapping):
+            raise InputError(
+                "a guard recalibrated in an unknown way; expected an object of what was measured"
             )
         # Thresholds are weighed by them.
         kept, groups = self.reference.get("probabilities") or {}, self.reference.get("groups")
