@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from running import command, done, refused
+from running import command, done, record, refused
 
 PERMISSIONS = ["trust_remote_code", "overwrite", "offline", "force", "json", "debug"]
 
@@ -207,3 +207,54 @@ def test_a_language_is_no_path(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"prompt": "of another folder"}\n')
     with pytest.raises(InputError, match="is no language"):
         prompts("builtin:harmful/../x", folder=tmp_path / "prompts")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda found: found | {"publshed": []}, "it says 'publshed'"),
+        (lambda found: found | {"verb": "doctor", "arguments": {}}, "it says 'verb'"),
+        (lambda found: found | {"steps": [found["steps"][0] | {"trail": {}}]}, "it says 'trail'"),
+        (lambda found: found | {"trial": {"limti": 1}}, "`trial` gives 'limti'"),
+        (lambda found: found | {"schema": "safety-neurons/2"}, "of schema 'safety-neurons/2'"),
+    ],
+)
+def test_a_word_of_a_recipe_that_nobody_reads_is_refused(change, said, arguments, tmp_path):
+    path = recipe(tmp_path, arguments, steps=True)
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    assert said in refused("run", path, "--trial", "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_steps_that_lack_a_place_are_said_where_nothing_was_published_too(arguments, tmp_path):
+    steps = [
+        {"name": "whole", "verb": "find-importance", "arguments": arguments},
+        {"name": "open", "verb": "find-importance", "arguments": arguments | {"prompts": "{data}"}},
+    ]
+    found = {"places": {"data": {"about": "prompts of your own"}}, "steps": steps}
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps(found))
+    words = ["run", path, "--out", tmp_path / "run"]
+    assert "note: step open is left out: it needs --with data=…: prompts of your own" in command(*words).err
+    result = done(*words)
+    assert (list(result["steps"]), list(result["left_out"])) == (["whole"], ["open"])
+    path.write_text(json.dumps(found | {"steps": steps[1:]}))
+    assert "no step that can be run: open needs --with data=…" in refused(*words, code=2)
+    twice = [*words, "--with", "data=a.txt", "--with", "data=b.txt"]
+    assert "--with data=… is given twice" in refused(*twice, code=2)
+
+
+def test_what_a_repeated_run_reads_anew_is_noted(tiny_pair, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("how do i make a cake\nhow do i grow a tree\n")
+    asked = ["--model", tiny_pair.plain, "--prompts", "prompts.txt", "--count", 5]
+    done("find", "importance", *asked, "--out", "first")
+
+    def notes(out, *more):
+        done("run", "first/run.json", "--out", out, *more)
+        return [note for note in record(out)["notes"] if "repeated" in note]
+
+    assert notes("same") == []
+    prompts.write_text("tell me about water\n")
+    assert notes("other") == ["--prompts 'prompts.txt' has other content than in the run that is repeated"]

@@ -219,6 +219,8 @@ def test_bad_runs_are_named_in_one_line(tmp_path):
     broken = {
         "not finished": record | {"status": "running"},
         "not a run record": [1],
+        "not a run record of this version.*safety-neurons/2": record | {"schema": "safety-neurons/2"},
+        "not a run record of this version": record | {"result": []},
         "has not the result of 'doctor'": record | {"result": {"model": 1}},
     }
     for says, content in broken.items():

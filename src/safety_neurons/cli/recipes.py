@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from safety_neurons.cli import console
-from safety_neurons.cli.session import Common, Session
+from safety_neurons.cli.session import Common, Session, repeating
 from safety_neurons.cli.verb import verb
 from safety_neurons.declarations import Declaration, Flag, Positional
 from safety_neurons.errors import InputError, UsageError
@@ -27,6 +27,9 @@ PERMISSIONS = ("trust_remote_code", "overwrite", "offline", "force", "out", "jso
 """Arguments that no file can give."""
 SERVERS = ("endpoint", "upstream")
 """Arguments that name a server."""
+_RECIPE = ("about", "places", "shared", "steps", "trial", "published", "told_apart_by")
+_STEP_OF_A_RECIPE = ("name", "verb", "arguments", "trial")
+"""What a recipe and its steps may say: a word that nobody reads would be left undone in silence."""
 NOT_FROM_A_FILE = ("run", "demo", "guard serve")
 _MARK = re.compile(r"\{([a-z0-9-]+)\}")
 _STEP = re.compile(r"\{out\}/([^/,=+]+)")
@@ -65,7 +68,9 @@ def run(session: Session, repeated: RepeatedFile) -> dict[str, Any]:
                 "a recipe with `steps`"
             )
         words, arguments = read(record, recipe)
-        return _one(command_words(words, arguments, given, recipe, servers=servers), quiet=common.json)
+        line = command_words(words, arguments, given, recipe, servers=servers)
+        with repeating(record):
+            return _one(line, quiet=common.json)
     given.pop("out", None)
     out = session.into(recipe.stem)
     plan = FilledRecipe.of(record, repeated, out)
@@ -73,6 +78,12 @@ def run(session: Session, repeated: RepeatedFile) -> dict[str, Any]:
         name: command_words(words, arguments, {**given, "out": out / name}, recipe, servers=servers)
         for name, words, arguments in plan.steps
     }  # All of them, before the first is run.
+    left_out = {} if "published" in record else {"left_out": dict(plan.left_out)}
+    if left_out and not lines:
+        name, why = next(iter(plan.left_out.items()))
+        raise UsageError(f"{recipe} has no step that can be run: {name} {why}")
+    if left_out and not common.json:
+        console.print_notes(f"step {name} is left out: it {why}" for name, why in plan.left_out.items())
     done: dict[str, Any] = {}
     try:
         for name, line in lines.items():
@@ -86,7 +97,7 @@ def run(session: Session, repeated: RepeatedFile) -> dict[str, Any]:
         console.show(shown.pop("shown"))
         console.say(("dim", "\nrun   "), str(out))
     shown.pop("shown", None)
-    return {"steps": done, **shown, "run": str(out.absolute())}
+    return {"steps": done, **left_out, **shown, "run": str(out.absolute())}
 
 
 def _repeated(record: dict[str, Any], repeated: RepeatedFile) -> RepeatedFile:
@@ -104,7 +115,8 @@ def _repeated(record: dict[str, Any], repeated: RepeatedFile) -> RepeatedFile:
         )
     if "steps" not in parsed(pathlib.Path(recipe)):
         raise InputError(f"{repeated.recipe} repeats {recipe}, which has no `steps`; expected a recipe")
-    before = [str(text) for text in arguments.get("with") or []]
+    now = {text.partition("=")[0] for text in repeated.given or ()}
+    before = [str(text) for text in arguments.get("with") or [] if str(text).partition("=")[0] not in now]
     return dataclasses.replace(
         repeated,
         recipe=pathlib.Path(recipe),
@@ -251,6 +263,8 @@ def given_of(given: Sequence[str], places: Mapping[str, Any], recipe: pathlib.Pa
         if name not in places:
             known = f"expected one of {', '.join(places)}" if places else "it leaves nothing open"
             raise UsageError(f"--with {name[:40]}=…: {recipe} has no such place; {known}")
+        if name in values:
+            raise UsageError(f"--with {name}=… is given twice; expected one value")
         values[name] = value
     return values
 
@@ -268,7 +282,23 @@ def trial_of(steps: Sequence[Step], record: Mapping[str, Any], recipe: pathlib.P
         known = {one.name for one in _command(words, recipe).params}
         fitting = {option: value for option, value in shared.items() if option in known}
         changed.append((name, words, {**arguments, **fitting, **changes}))
+    if unknown := sorted(shared.keys() - _every_option()):
+        raise InputError(
+            f"{recipe} is not a recipe: `trial` gives {unknown[0][:40]!r}, which no verb has; expected "
+            "options of its steps"
+        )
     return changed
+
+
+def _every_option() -> set[str]:
+    """The names of all options of all verbs."""
+    from safety_neurons.cli.verb import build
+
+    commands: list[Any] = [build()]
+    for command in commands:
+        below = getattr(command, "commands", {})  # made when they are asked for
+        commands.extend(below[name] for name in below)
+    return {one.name for command in commands for one in command.params}
 
 
 def _one(words: list[str], *, quiet: bool) -> Any:
@@ -292,7 +322,7 @@ def _one(words: list[str], *, quiet: bool) -> Any:
 
 def parsed(recipe: pathlib.Path) -> dict[str, Any]:
     """The JSON object in a file."""
-    from safety_neurons.results.run import read_json
+    from safety_neurons.results.run import SCHEMA, read_json
 
     if not recipe.is_file():
         what = "is no file" if recipe.exists() else "does not exist"
@@ -306,6 +336,10 @@ def parsed(recipe: pathlib.Path) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise InputError(
             f"{recipe} is not a recipe (a {type(record).__name__}), expected JSON with `verb` and `arguments`"
+        )
+    if record.get("schema", SCHEMA) != SCHEMA:
+        raise InputError(
+            f"{recipe} is of schema {str(record['schema'])[:40]!r}; expected {SCHEMA!r}: update the package"
         )
     return record
 
@@ -339,6 +373,11 @@ def steps_of(record: dict[str, Any], recipe: pathlib.Path) -> list[Step]:
             f"{recipe} is not a recipe, expected `steps` to be a list of objects with `name`, `verb` and "
             "`arguments`"
         )
+    for part, known in ((record, _RECIPE), *((step, _STEP_OF_A_RECIPE) for step in steps)):
+        if unknown := [key for key in part if key not in known]:
+            raise InputError(
+                f"{recipe} is not a recipe: it says {unknown[0][:40]!r}; expected {', '.join(known)}"
+            )
     read_steps = []
     for step in steps:
         words, arguments = read(step, recipe)

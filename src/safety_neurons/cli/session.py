@@ -3,12 +3,13 @@ it reads, its result.
 """
 
 import contextlib
+import contextvars
 import dataclasses
 import functools
 import os
 import pathlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from safety_neurons import strict_json
@@ -278,6 +279,7 @@ class Session:
         from safety_neurons.results import RunFolder
 
         inputs = inputs_of(self.options, self.reads, self.common)
+        self.notes += _otherwise(_REPEATED.get() or {}, self.config, inputs)
         self._keeps_run = True
 
         def opened(out: pathlib.Path, copied: bool) -> RunFolder:
@@ -603,6 +605,34 @@ class Session:
             "merge_adapters": common.merge_adapters,
             "trust_remote_code": common.trust_remote_code,
         }
+
+
+_REPEATED: contextvars.ContextVar[Mapping[str, Any] | None] = contextvars.ContextVar("repeated", default=None)
+
+
+@contextlib.contextmanager
+def repeating(record: Mapping[str, Any]) -> Iterator[None]:
+    """The command of the block repeats the run of this record, and notes what is not as it was then."""
+    before = _REPEATED.set(record)
+    try:
+        yield
+    finally:
+        _REPEATED.reset(before)
+
+
+def _otherwise(
+    record: Mapping[str, Any], config: Mapping[str, Any], inputs: Mapping[str, "Contents"]
+) -> list[str]:
+    """What a repeated run read that has other content now, though it is called the same."""
+    named, read = (record.get(part) for part in ("arguments", "inputs"))
+    if not isinstance(named, Mapping) or not isinstance(read, Mapping):
+        return []  # a recipe, which was never run
+    return [
+        f"--{name.replace('_', '-')} {str(config[name])[-200:]!r} has other content than in the run that is "
+        "repeated"
+        for name, contents in inputs.items()
+        if name in read and read[name] != contents and str(named.get(name)) == str(config.get(name))
+    ]
 
 
 def _changed_at(place: pathlib.Path) -> int | None:

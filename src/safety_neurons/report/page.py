@@ -23,7 +23,7 @@ from safety_neurons.display.text import NONE, duration, in_script, name, say, vi
 from safety_neurons.display.verified import patch_parts, sweep_order
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.results import Completion, read_json, write_bytes
-from safety_neurons.results.run import now
+from safety_neurons.results.run import SCHEMA, now
 from safety_neurons.strict_json import JsonObject
 
 
@@ -68,7 +68,12 @@ def _read(folder: pathlib.Path) -> ReportedRun:
         raise InputError(
             f"{str(source)!r} is not a run record, expected verb, status and arguments; run the verb again"
         )
-    if record["status"] != "finished" or not isinstance(record.get("result"), dict):
+    if record.get("schema", SCHEMA) != SCHEMA or not isinstance(record.get("result", {}), dict):
+        raise InputError(
+            f"{str(source)!r} is not a run record of this version (schema "
+            f"{str(record.get('schema'))[:40]!r}), expected {SCHEMA!r} and a result; repeat the run"
+        )
+    if record["status"] != "finished" or "result" not in record:
         status = " ".join(record["status"].split())[:40]
         raise InputError(
             f"the run in {str(folder)!r} is not finished (status {status!r}), expected a finished one;"
