@@ -1,6 +1,8 @@
 """Judges by phrases: the lists, the openings, and the templated-compliance rule."""
 
+import contextlib
 import json
+import sqlite3
 
 import pytest
 
@@ -64,6 +66,39 @@ def test_another_file_is_not_taken_for_a_cache(tmp_path):
         JudgementCache(tmp_path / "x")
     with pytest.raises(RunError, match="cannot write"):
         JudgementCache(tmp_path / "x" / "y")
+
+
+def test_a_damaged_cache_is_one_line_or_judged_anew(tmp_path):
+    completions = [Completion(str(number), "p", f"Sure, number {number}.") for number in range(300)]
+    path = tmp_path / "verdicts.sqlite"
+    whole = judge("strings").judge(completions, cache=path)
+    content, said = path.read_bytes(), list[str]()
+    for start in range(4096, len(content), 4096):
+        path.write_bytes(content[:start] + b"\xa5" * 4096 + content[start + 4096 :])
+        try:
+            assert judge("strings").judge(completions, cache=path).verdicts == whole.verdicts
+        except (InputError, RunError) as error:
+            said.append(str(error))
+    assert len(said) > 5
+    assert all("expected" in line or "choose" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        '{"label": "banana", "refused": true, "p_refusal": 1.0}',
+        '{"label": "full", "refused": "false", "p_refusal": 1.0}',
+        '{"label": "full", "refused": true, "p_refusal": 7}',
+        '{"label": "safe", "refused": null, "p_refusal": null, "score": "high"}',
+    ],
+)
+def test_what_no_judge_says_is_no_verdict(tmp_path, kept):
+    path = tmp_path / "verdicts.sqlite"
+    answers = [Completion("0", "p", "Sure.")]
+    whole = judge("strings").judge(answers, cache=path)
+    with contextlib.closing(sqlite3.connect(path)) as store, store:
+        store.execute("UPDATE judgements SET verdict = ?", (kept,))
+    assert judge("strings").judge(answers, cache=path).verdicts == whole.verdicts
 
 
 def answered(request: str, answer: str) -> Completion:

@@ -54,6 +54,8 @@ BAD_FIELDS = {
     "endless seed": '"seed": Infinity',
     "arm as number": '"arm": 3',
     "meta as list": '"meta": [1]',
+    "truth as text": '"meta": {"thinking": "false"}',
+    "a conversation as text": '"meta": {"messages": "hi"}',
     "verdicts as text": '"verdicts": "refused"',
     "deep meta": '"meta": ' + '{"a":' * 5000 + "1" + "}" * 5000,
     "a name twice": '"arm": "a", "arm": "b"',
@@ -234,6 +236,16 @@ def test_a_cut_line_is_counted_wherever_the_cut_is(tmp_path, end):
     path.write_bytes(f"{RECORD}}}\n".encode() + f'{RECORD}, "é'.encode()[:end])
     found = Completions.load(path)
     assert (len(found), found.dropped) == (1, 1)
+
+
+def test_zeros_in_the_place_of_a_line_are_a_cut_line(tmp_path):
+    path = tmp_path / "completions.jsonl"
+    path.write_bytes(f"{RECORD}}}\n".encode() + bytes(50))
+    found = Completions.load(path)
+    assert (len(found), found.dropped) == (1, 1)
+    Completions([Completion("1", "p", "d")]).append(path)
+    assert [(one.completion, found.dropped) for one in Completions.load(path)] == [("c", 1), ("d", 1)]
+    assert Completions.load(path).dropped == 0
 
 
 def test_completions_without_an_id_are_told_apart_by_their_line(tmp_path):

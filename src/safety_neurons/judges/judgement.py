@@ -16,7 +16,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from safety_neurons import strict_json
 from safety_neurons.errors import InputError, RunError
@@ -333,7 +333,13 @@ class JudgementCache:
 
     def get(self, key: str) -> JudgeVerdict | None:
         """The verdict under a key; None where there is none, or where it cannot be read."""
-        row = self._store.execute("SELECT verdict FROM judgements WHERE key = ?", (key,)).fetchone()
+        try:
+            row = self._store.execute("SELECT verdict FROM judgements WHERE key = ?", (key,)).fetchone()
+        except sqlite3.DatabaseError as error:
+            raise InputError(
+                f"{str(self.path)!r} cannot be read ({error}); expected the judgements that were kept: "
+                "delete it, and they are made again"
+            ) from error
         return None if row is None else verdict_of(row[0])
 
     def put(self, verdicts: Mapping[str, JudgeVerdict]) -> None:
@@ -359,9 +365,17 @@ def verdict_of(text: str) -> JudgeVerdict | None:
     """A verdict from its JSON; None where it is not one."""
     try:
         record: dict[str, Any] = strict_json.loads(text)
-        return JudgeVerdict(**{**record, "categories": tuple(record.get("categories") or ())})
+        found = JudgeVerdict(**{**record, "categories": tuple(record.get("categories") or ())})
     except (ValueError, TypeError):
         return None
+    numbers = (found.p_refusal, found.p_harmful, found.score)
+    whole = (
+        found.label in get_args(Label)
+        and isinstance(found.refused, bool | None)
+        and all(isinstance(one, int | float | None) and not isinstance(one, bool) for one in numbers)
+        and all(one is None or 0 <= one <= 1 for one in numbers[:2])
+    )
+    return found if whole else None
 
 
 Progress = Callable[[int, int], None]

@@ -306,6 +306,8 @@ def _is_cut(line: bytes, error: Exception) -> bool:
     """Whether a line that cannot be read is the beginning of a record; not what is something else, or two."""
     if isinstance(error, UnicodeDecodeError):
         return error.reason == "unexpected end of data"
+    if not line.strip(b"\0"):
+        return True  # a machine that lost its power may leave zeros in the place of what was written last
     return isinstance(error, json.JSONDecodeError) and error.msg != "Extra data" and line.lstrip()[:1] == b"{"
 
 
@@ -334,8 +336,11 @@ def _completion(line: bytes, number: int) -> Completion:
         raise TypeError("'prompt_id' and 'seed' must not be true or false")
     if not all(type(token) is int and 0 <= token < _MOST_IDS for token in record.get("token_ids") or ()):
         raise TypeError("'token_ids' must be whole numbers from 0")
-    said = (record.get("meta") or {}).get("messages")
-    if isinstance(said, list) and not all(
+    meta = record.get("meta") or {}
+    if not isinstance(meta.get("thinking"), bool | None):
+        raise TypeError(f"'thinking' in 'meta' must be true or false, not {str(meta['thinking'])[:20]!r}")
+    said = meta.get("messages", [])
+    if not isinstance(said, list) or not all(
         isinstance(turn, dict) and _TURN.items() <= {key: type(value) for key, value in turn.items()}.items()
         for turn in said
     ):
@@ -352,7 +357,7 @@ def _completion(line: bytes, number: int) -> Completion:
         arm="untreated" if record.get("arm") is None else record["arm"],
         seed=record.get("seed") or 0,
         verdicts=dict(record.get("verdicts") or {}),
-        meta=dict(record.get("meta") or {}),
+        meta=dict(meta),
     )
 
 
