@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from safety_neurons.errors import MismatchError, ModelError, UnsupportedModelError, UsageError
 from safety_neurons.model import LanguageModel, load, load_pair, run_batches
+from safety_neurons.model.outline import outlines
 from safety_neurons.prompt_lists import Prompt
 from safety_neurons.tuning import merged_base
 from tiny import tiny_adapter_folder, tiny_llama, tiny_llama_folder, tiny_tokenizer
@@ -546,6 +547,10 @@ def test_a_base_that_an_adapter_takes_a_part_out_of_is_not_shared(folders, tmp_p
     folder, expected = _tuned(folders["base"], tmp_path / begins, config)
     pair = load_pair(folders["base"], f"{folders['base']}+{folder}")
     assert torch.equal(_logits(pair.base), _logits(load(folders["base"])))
+    plain, both = (
+        outlines([folders["base"], spec])[1] for spec in (folders["base"], f"{folders['base']}+{folder}")
+    )
+    assert both > 1.9 * plain
     with torch.no_grad(), pair.aligned.running():
         assert torch.allclose(pair.aligned.model(torch.arange(5, 15)[None]).logits, expected, atol=1e-4)
 

@@ -874,9 +874,11 @@ def _check_sizes(path: pathlib.Path, sizes: Mapping[str, Any]) -> None:
         ),
         None,
     )
-    if wrong is not None or not all(name in sizes for name in VECTORS):
+    lacking = next((name for name in VECTORS if name not in sizes), None)
+    if wrong is not None or lacking is not None:
+        held = f"no {lacking!r}" if wrong is None else f"{wrong[:60]!r}"
         raise InputError(
-            f"{str(path)!r} holds {str(wrong)[:60]!r}; expected vectors {', '.join(VECTORS)} and "
+            f"{str(path)!r} holds {held}; expected vectors {', '.join(VECTORS)} and "
             f"{MEMBERS}KEY: copy it again"
         )
     count = sum(shape[0] for name, shape in sizes.items() if name.startswith(MEMBERS))

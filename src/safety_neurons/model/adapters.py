@@ -151,12 +151,13 @@ def _refuse_beginnings(folder: Path, config: Any) -> None:
         )
 
 
-def changes_base(config: Any) -> bool:
+def changes_base(folder: Path) -> bool:
     """Whether an adapter takes a part out of the base model's own weights when it is put on: PiSSA, OLoRA and
     KaSA do, so that the base is another model from then on, with the adapter off too.
     """
-    begins = str(getattr(config, "init_lora_weights", "")).lower()
-    return begins in ("pissa", "olora") or getattr(config, "kasa_config", None) is not None
+    found = read_config(folder / "adapter_config.json")
+    begins = str(found.get("init_lora_weights")).lower()
+    return begins in ("pissa", "olora") or found.get("kasa_config") is not None
 
 
 def _sizes(config: Any) -> Iterator[tuple[str, int]]:

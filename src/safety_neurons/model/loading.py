@@ -209,10 +209,10 @@ def _one_base(models: Sequence[Sequence[Path]]) -> bool:
     """Whether one model in memory can hold all: one base, which no adapter changes, one type of adapter, one
     size of vocabulary.
     """
-    configs = [adapter_config(folder) for folders in models for folder in folders[1:]]
-    if any(map(changes_base, configs)):
+    adapters = [folder for folders in models for folder in folders[1:]]
+    kinds = {kind_of(adapter_config(folder)) for folder in adapters}
+    if any(map(changes_base, adapters)):
         return False
-    kinds = set(map(kind_of, configs))
     rows = {
         tuple(rows for folder in folders[1:] if (rows := resized_rows(folder, folders[0])))
         for folders in models

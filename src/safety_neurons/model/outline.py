@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from safety_neurons.errors import InputError, ModelError
+from safety_neurons.model.adapters import changes_base
 from safety_neurons.model.anatomy import resolve
 from safety_neurons.model.files import weight_files
 from safety_neurons.model.language_model import LanguageModel, context_of
@@ -237,8 +238,10 @@ def outlines(specs: Sequence[str | Path], **options: Any) -> tuple[list[Outline]
     """
     made: dict[Path, Outline] = {}
     found: list[Outline] = []
+    alone = bool(options.get("merge_adapters"))
     for spec in specs:
         (base, *adapters), read = without_weights(spec, **options)
+        alone = alone or any(map(changes_base, adapters))
         if base not in made:
             made[base] = _outline(base, read(), options)
         sizes = sum(file.stat().st_size for folder in adapters for file in folder.glob("*.safetensors"))
@@ -246,7 +249,7 @@ def outlines(specs: Sequence[str | Path], **options: Any) -> tuple[list[Outline]
         words = 0 if shared else made[base].tokenizer_bytes
         found.append(replace(made[base], name=str(spec), adapter_bytes=sizes, tokenizer_bytes=words))
     total = sum(outline.weights_bytes for outline in found)
-    if len(made) == 1 and not options.get("merge_adapters"):
+    if len(made) == 1 and not alone:
         total -= (len(found) - 1) * (found[0].weights_bytes - found[0].adapter_bytes)
     return found, total
 
