@@ -199,6 +199,24 @@ def test_kappa_covers():
         assert inside / draws >= least(draws)
 
 
+@pytest.mark.parametrize(
+    "cells", [(0.1, 0.8, 0.05, 0.05), (0, 0.5, 0.5, 0), (0, 0.9, 0.1, 0), (0.05, 0.55, 0.35, 0.05)]
+)
+@pytest.mark.parametrize("n", [16, 60])
+def test_kappa_covers_judges_that_lean_to_opposite_verdicts(cells, n):
+    """With the judges' shares of yes taken as given, .11 to .88."""
+    generator, draws, inside = np.random.default_rng(n), 200, 0
+    table = np.reshape(cells, (2, 2))
+    yes, also = table[1].sum(), table[:, 1].sum()
+    chance = yes * also + (1 - yes) * (1 - also)
+    truth = (np.trace(table) - chance) / (1 - chance)
+    for _ in range(draws):
+        drawn = generator.choice(4, n, p=cells)
+        found = cohen_kappa(drawn >= 2, drawn % 2 == 1).kappa
+        inside += found.low - 1e-9 <= truth <= found.high + 1e-9
+    assert inside / draws >= least(draws)
+
+
 @pytest.mark.parametrize("sets", [3, 5, 10, 20])
 @pytest.mark.parametrize("spread", [0.0, 0.5, 1.5])
 def test_one_more_random_set_is_rarely_clear(sets, spread):

@@ -231,8 +231,11 @@ def cohen_kappa(
         InputError: lists of different length, or verdicts that are not yes or no.
 
     Source: Cohen, "A coefficient of agreement for nominal scales", Educational and Psychological Measurement
-    20 (1960). Differs: the interval is the exact one of the share of equal verdicts, in place of the normal
-    one.
+    20 (1960); Zou and Donner, Statistics in Medicine 2008 (intervals of several parts recovered for what is
+    made of them). Differs: the interval is the exact one of the share of equal verdicts, in place of the
+    normal one; where the judges lean to opposite verdicts (agreement by chance of a half or less) those of
+    both shares of yes are in it too, added to one another, since they may go together, and by squares to the
+    first.
     """
     one, two = scored(first), scored(second)
     if one.shape != two.shape:
@@ -245,21 +248,40 @@ def cohen_kappa(
     table = tuple(
         tuple(int(((a == row) & (b == column)).sum()) for column in (False, True)) for row in (False, True)
     )
-    clusters = clusters_of(groups, len(one))[both]
-    same = dataclasses.replace(rate(a == b, list(map(str, clusters))), unscored=unscored)
-    return Agreement(*names, _kappa(a, b, same), same, table)  # type: ignore[arg-type]
+    labels = list(map(str, clusters_of(groups, len(one))[both]))
+    same = dataclasses.replace(rate(a == b, labels), unscored=unscored)
+    return Agreement(*names, _kappa(same, rate(a, labels), rate(b, labels)), same, table)  # type: ignore[arg-type]
 
 
-def _kappa(a: Bool[np.ndarray, " prompt"], b: Bool[np.ndarray, " prompt"], same: Rate) -> Rate:
+def _kappa(same: Rate, yes: Rate, also: Rate) -> Rate:
     """κ is a line in the share of equal verdicts once the verdicts' shares are given, and so are the ends of
     its interval.
+
+    Where the judges lean to the same verdict, more of it from both is more of what they agree on by chance
+    too, and to take the shares as given is careful. Where they lean to opposite ones it is not.
     """
-    yes, also = (float(verdicts.mean()) if len(verdicts) else 1.0 for verdicts in (a, b))
-    chance = yes * also + (1 - yes) * (1 - also)
-    if same.value is None or chance >= 1:
+    if same.value is None or yes.value is None or also.value is None:
         return Rate(None, None, None, same.n, same.unscored)
-    value, low, high = (
-        (end - chance) / (1 - chance)
-        for end in (same.value, same.low or 0.0, 1.0 if same.high is None else same.high)
-    )
-    return Rate(value, max(-1.0, low), high, same.n, same.unscored)
+
+    def chance(one: float, other: float) -> float:
+        return one * other + (1 - one) * (1 - other)
+
+    given = chance(yes.value, also.value)
+    if given >= 1:
+        return Rate(None, None, None, same.n, same.unscored)
+    value = (same.value - given) / (1 - given)
+    ends = [
+        abs((end - same.value) / (1 - given))
+        for end in (same.low or 0.0, 1.0 if same.high is None else same.high)
+    ]
+    if given <= 0.5:
+        drawn = [
+            [chance(end or 0.0, also.value) for end in (yes.low, yes.high)],
+            [chance(yes.value, end or 0.0) for end in (also.low, also.high)],
+        ]
+        shifts = [[(same.value - one) / (1 - one) - value for one in part] for part in drawn]
+        ends = [
+            math.hypot(end, sum(max(0.0, *(side * shift for shift in part)) for part in shifts))
+            for end, side in zip(ends, (-1, 1), strict=True)
+        ]
+    return Rate(value, max(-1.0, value - ends[0]), min(1.0, value + ends[1]), same.n, same.unscored)
