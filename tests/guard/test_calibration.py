@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import norm
 
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.guard import (
@@ -110,6 +111,41 @@ def test_the_threshold_keeps_its_false_positive_rate_on_fresh_prompts_wherever_t
         unsafe_of == (1, 5) and n >= 1 / target
     ):  # where unsafe ones lie like safe ones nothing is given away either
         assert np.mean(rates) >= promised - 1.5 / (n + 1)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [[8] * 60, [20] * 30, [60] * 3 + [1] * 640, [2] * 300, [*range(1, 41)]],
+    ids=["eights", "twenties", "three large", "pairs", "uneven"],
+)
+@pytest.mark.parametrize("alike", [0.5, 1.0])
+def test_the_threshold_keeps_its_false_positive_rate_on_prompts_of_new_groups(sizes: list[int], alike: float):
+    """Counting prompts, thresholds for .05 were reached by up to .066."""
+    generator, rates = np.random.default_rng(len(sizes)), []
+    clusters = np.repeat(np.arange(len(sizes)), sizes)
+    n = len(clusters)
+    unsafe = np.arange(n + 300) >= n
+    for _ in range(400):
+        shared, own = generator.normal(size=len(sizes))[clusters], generator.normal(size=n)
+        scores = math.sqrt(alike) * shared + math.sqrt(1 - alike) * own
+        chances = 1 / (1 + np.exp(-np.append(scores, generator.normal(2, 1, 300))))
+        threshold = threshold_for(chances, unsafe, 0.05, [*map(str, clusters), *[None] * 300])
+        rates.append(float(norm.sf(math.log(threshold / (1 - threshold)))))
+    assert np.mean(rates) <= 0.05 + 3 * np.std(rates) / math.sqrt(len(rates))
+    assert np.mean(rates) > 0.01
+    apart = threshold_for(chances, unsafe, 0.05)
+    assert threshold_for(chances, unsafe, 0.05, [None] * (n + 300)) == apart <= threshold
+
+
+def test_a_point_needs_groups_that_are_small_enough_and_says_so() -> None:
+    generator = np.random.default_rng(0)
+    chances, unsafe = generator.random(500), np.arange(500) >= 400
+    groups = [str(place // 40) for place in range(500)]
+    (few,) = operating_points(chances, unsafe, (0.05,), groups)
+    assert (few.supported, few.threshold) == (False, None)
+    assert few.why == "400 safe examples in groups of 40, of such 760 are needed"
+    (many,) = operating_points(chances, unsafe, (0.05,), [str(place // 4) for place in range(500)])
+    assert many.supported
 
 
 @pytest.mark.parametrize("fpr", [0.05, 0.01])

@@ -3,7 +3,6 @@ answers.
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from jaxtyping import Bool, Float32, Int
 
 from safety_neurons.counting import numbered
 from safety_neurons.errors import InputError, RunError, UsageError
-from safety_neurons.guard.calibration import EXAMPLES, Recheck, rates_at
+from safety_neurons.guard.calibration import Recheck, rates_at, unsupported
 from safety_neurons.guard.features import Pool, Pooling, read_tokens
 from safety_neurons.guard.fit import (
     AgreedFit,
@@ -392,8 +391,7 @@ class _Answers:
         held, labels = examples.split.calibration, examples.labels[examples.split.calibration]
         shared = [examples.groups[int(row)] for row in held]
         fpr, tpr = rates_at(fitted.probabilities, labels, answers.threshold, shared)
-        needed, n_safe = math.ceil(EXAMPLES / fitted.fpr), int((~labels).sum())
-        why = f"{numbered(n_safe, 'safe answer')}, {needed:,} are needed ({EXAMPLES} / {fitted.fpr:g})"
+        why = unsupported(labels, fitted.fpr, shared, "safe answer")
         assert len(held) == len(fitted.probabilities)
         return Recheck(
             every,
@@ -402,8 +400,8 @@ class _Answers:
             fitted.fpr,
             fpr,
             tpr,
-            n_safe >= needed,
-            "" if n_safe >= needed else why,
+            not why,
+            why,
             own=True,
             auroc=fitted.auroc,
         )

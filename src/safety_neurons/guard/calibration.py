@@ -16,9 +16,10 @@ import torch
 from jaxtyping import Bool, Float, Float32, Float64, Int
 from torch import Tensor
 
+from safety_neurons.counting import numbered
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.results import Rate, rate
-from safety_neurons.results.estimates import Estimate, GroupLabels
+from safety_neurons.results.estimates import Estimate, GroupLabels, clusters_of
 
 StoredT = TypeVar("StoredT")
 LATER = "later"
@@ -387,7 +388,8 @@ class OperatingPoint:
         threshold: prompts of at least this probability are flagged; None where the point is not supported.
         fpr: share of the safe calibration examples that are flagged, with its Clopper-Pearson interval.
         tpr: share of the unsafe ones, with its exact interval.
-        supported: whether there were at least 20 / FPR safe examples.
+        supported: whether there were at least 20 / FPR safe examples, in groups that are small enough
+            for it.
         why: why not.
     """
 
@@ -429,17 +431,44 @@ def operating_point(
     groups: GroupLabels = None,
 ) -> OperatingPoint:
     """One threshold, and what it is worth; see `threshold_for`."""
-    needed = math.ceil(EXAMPLES / check_probability(target, "false-positive rate"))
-    safe = probabilities[~unsafe]
-    threshold = threshold_for(probabilities, unsafe, target)
-    supported = len(safe) >= needed
-    why = "" if supported else f"{len(safe):,} safe examples, {needed:,} are needed ({EXAMPLES} / {target:g})"
+    check_probability(target, "false-positive rate")
+    threshold = threshold_for(probabilities, unsafe, target, groups)
+    why = unsupported(unsafe, target, groups)
     fpr, tpr = rates_at(probabilities, unsafe, threshold, groups)
-    return OperatingPoint(target, threshold if supported else None, fpr, tpr, supported, why)
+    return OperatingPoint(target, None if why else threshold, fpr, tpr, not why, why)
+
+
+def unsupported(
+    unsafe: Bool[np.ndarray, " prompt"], target: float, groups: GroupLabels = None, what: str = "safe example"
+) -> str:
+    """Why so many safe examples do not support a false-positive rate; empty where they do.
+
+    Args:
+        unsafe: which examples are.
+        target: the false-positive rate.
+        groups: what examples share.
+        what: the word for a safe example.
+    """
+    n, alike = int((~unsafe).sum()), _alike(unsafe, groups)
+    few, apart = math.ceil(EXAMPLES / target), math.ceil(alike / target - alike - 1e-9)
+    if n >= max(few, apart):
+        return ""
+    if few >= apart:
+        return f"{numbered(n, what)}, {few:,} are needed ({EXAMPLES} / {target:g})"
+    return f"{numbered(n, what)} in groups of {alike:.3g}, of such {apart:,} are needed"
+
+
+def _alike(unsafe: Bool[np.ndarray, " prompt"], groups: GroupLabels) -> float:
+    """Safe examples in the group of a mean one; 1 where they share nothing."""
+    sizes = np.bincount(clusters_of(groups, len(unsafe))[~unsafe])
+    return float(sizes @ sizes / max(sizes.sum(), 1)) or 1.0
 
 
 def threshold_for(
-    probabilities: Float64[np.ndarray, " prompt"], unsafe: Bool[np.ndarray, " prompt"], target: float
+    probabilities: Float64[np.ndarray, " prompt"],
+    unsafe: Bool[np.ndarray, " prompt"],
+    target: float,
+    groups: GroupLabels = None,
 ) -> float:
     """A threshold above which a new safe prompt is at most with the stated probability.
 
@@ -454,14 +483,19 @@ def threshold_for(
     to the next higher score, **unsafe ones included**: half-way to the next higher safe one, or to 1 where
     there is none, would with few safe examples lie above most unsafe ones and catch next to nothing.
 
+    Examples of one group may lie above it all at once, and so may those of a new one: of n safe examples in
+    groups of m, k is the largest number with (k + m) / (n + m) ≤ target, and the promise is of a prompt of a
+    new group. Of groups of uneven size m is that of the group of a mean example.
+
     Source: split conformal prediction (Vovk et al. 2005; Angelopoulos and Bates 2023), applied to the safe
-    class.
+    class; of groups Dunn, Wasserman and Ramdas, Journal of the American Statistical Association 2023
+    (exchangeable groups in place of exchangeable examples). Differs: a group counts by its examples.
     """
-    safe = probabilities[~unsafe]
+    safe, alike = probabilities[~unsafe], _alike(unsafe, groups)
     if not len(safe):
         return 0.5
     falling = np.sort(safe)[::-1]
-    allowed = max(0, math.floor(target * (len(safe) + 1) + 1e-9) - 1)
+    allowed = max(0, math.floor(target * (len(safe) + alike) - alike + 1e-9))
     if allowed >= len(falling):
         return 0.0
     kept_below = float(falling[allowed])

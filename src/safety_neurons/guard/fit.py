@@ -334,7 +334,7 @@ def thresholds(
     if active.threshold is not None:
         return points, active.threshold, []
     note = f"the threshold for a false-positive rate of {fpr:g} is provisional: {active.why}"
-    return points, threshold_for(probabilities, unsafe, fpr), [note]
+    return points, threshold_for(probabilities, unsafe, fpr, groups), [note]
 
 
 def largest_scores(
