@@ -7,7 +7,7 @@ own. docs/statistics.md says in words what is computed here, and how often each 
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -188,7 +188,8 @@ def paired_difference(first: Outcomes, second: Outcomes, groups: GroupLabels = N
     """The mean of first − second over the prompts both scored.
 
     The interval is that of a mean with one and a half pseudo-differences of the largest size on either side,
-    Student's quantile over groups; it holds 0 where McNemar's exact test (of other outcomes the test by
+    Student's quantile over groups, and where no largest size is known Student's with Hall's correction for a
+    long tail; it holds 0 where McNemar's exact test (of other outcomes the test by
     changing signs) does not reject.
 
     Args:
@@ -332,7 +333,9 @@ def _difference(
     if not scale and (half == 0 or not math.isfinite(half)):
         return Difference(mean, None, None, n, unscored, why or "no spread to tell an interval from")
     reach = scale or math.inf
-    low, high = max(-reach, min(middle - half, mean)), min(reach, max(middle + half, mean))
+    tailed = not scale and not spread  # without a bound and over prompts alone a long tail is seen
+    ends = sample.ends(mean, half) if tailed else (middle - half, middle + half)
+    low, high = max(-reach, min(ends[0], mean)), min(reach, max(ends[1], mean))
     if (
         not spread and sample.exact_test
     ):  # McNemar's: it decides alone, and the interval excludes 0 wherever it rejects
@@ -340,6 +343,8 @@ def _difference(
     else:
         p = p_value(middle, parts)
         p = max(p, least, sample.flip_p()) if p <= LEVEL else p
+    if tailed and p <= LEVEL:
+        p = max(p, _level(lambda level: _excluded(sample.ends(mean, half_width(parts, level)))))
     if p > LEVEL:
         low, high = min(low, 0.0), max(high, 0.0)
     return Difference(mean, low, high, n, unscored, why, p)
@@ -720,11 +725,20 @@ def p_value(middle: float, parts: Sequence[tuple[float, float]]) -> float:
     """The level at which the interval of that half around the middle would just touch 0."""
     if any(freedom < 1 for _, freedom in parts) or not middle:
         return 1.0
+    return _level(lambda level: half_width(parts, level) < abs(middle))
+
+
+def _level(excludes: Callable[[float], bool]) -> float:
+    """The least level at which an interval excludes 0, by halving."""
     low, high = -40.0, 0.0  # exponents of the level
     for _ in range(60):
         level = (low + high) / 2
-        low, high = (low, level) if half_width(parts, math.exp(level)) < abs(middle) else (level, high)
+        low, high = (low, level) if excludes(math.exp(level)) else (level, high)
     return math.exp(high)
+
+
+def _excluded(ends: tuple[float, float]) -> bool:
+    return ends[0] > 0 or ends[1] < 0
 
 
 def _quantile(freedom: float, level: float = LEVEL) -> float:
