@@ -49,7 +49,7 @@ from safety_neurons.studies.tuning import Checking, hold_out, with_usable_answer
 from safety_neurons.tuning import attach, train
 from safety_neurons.tuning.data import Example
 from safety_neurons.tuning.settings import TuningSettings
-from safety_neurons.tuning.stopping import OPENING, StopJudge
+from safety_neurons.tuning.stopping import OPENING, RISEN, Checked, StopJudge, TrustRegion
 from safety_neurons.tuning.train import Loop, learning_rates, prepared_examples
 
 ARMS = ("neurons", "random", "lora", "full")
@@ -62,6 +62,9 @@ LEFT_OUT = {
     "refusals-only": "over-refusal, divergence and perplexity in what the checks judge by",
     "last-state": "keeping the best state, and ending early: the last one is kept",
     "no-way-back": "states between two checks",
+    "same-steps": "the size of the steps that is found behind the warm-up",
+    "light-anchor": "the anchor that gets heavier where harmless requests are refused",
+    "small-check": "more harmless than harmful requests in the checks",
 }
 """Arms of the same neurons, by the part of the recipe that each leaves out."""
 LENGTHS = ("steps-60", "steps-110", "steps-200")
@@ -245,6 +248,17 @@ def even_weights(example: Example) -> Tensor:
     return torch.full((example.n_answer,), 1.0 / example.n_answer, dtype=torch.float64)
 
 
+class Unheeding(TrustRegion):
+    """A trust region that does not ask whether harmless requests are refused."""
+
+    def checked(self, judge: StopJudge, now: Checked) -> bool:
+        """Take note of a check, with the anchor as heavy as before."""
+        weight = self.weight
+        left = super().checked(judge, now)
+        self.weight, self.over = weight, False
+        return left
+
+
 def leave_out(part: str, loop: Loop) -> None:
     """Take a part of `LEFT_OUT` that is no data and no setting out of a loop that has not run."""
     if part == "fixed-rates":
@@ -262,6 +276,10 @@ def leave_out(part: str, loop: Loop) -> None:
         loop.judge = None
     elif part == "no-way-back":
         loop._go_back = lambda *_: None
+    elif part == "same-steps":
+        loop.region.risen = RISEN
+    elif part == "light-anchor":
+        loop.region = Unheeding(**vars(loop.region))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,7 +302,10 @@ def kept(arm: str, seed: int, given: argparse.Namespace) -> Iterator[Kept]:
     notes: list[str] = []
     neurons = NeuronSet.load(given.neurons).on(model.table, [model.name])
     data = tuple(model.prompts(f"builtin:{name}") for name in ("refusals-wide", "harmless-wide", "general"))
-    learnt, others, texts, watch = hold_out(model, data, Checking(every=given.every), settings, notes)
+    checking = Checking(every=given.every)
+    if arm == "small-check":
+        checking = dataclasses.replace(checking, most_harmless=checking.most)
+    learnt, others, texts, watch = hold_out(model, data, checking, settings, notes)
     assert others is not None
     others = with_usable_answers(model, others, len(learnt), settings, given.out, notes)
     if arm in ("no-anchor", "no-text"):

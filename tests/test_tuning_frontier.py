@@ -3,6 +3,7 @@
 import importlib.util
 import pathlib
 import sys
+import types
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from safety_neurons.results import Completion, Completions, Rate
 from safety_neurons.tuning import StopCheck, attach
 from safety_neurons.tuning.data import Example
 from safety_neurons.tuning.settings import TuningSettings
-from safety_neurons.tuning.stopping import Checked
+from safety_neurons.tuning.stopping import Checked, TrustRegion
 from safety_neurons.tuning.train import Loop, learning_rates, token_weights, tuning_examples
 from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
 
@@ -68,15 +69,28 @@ def test_each_part_that_is_no_data_and_no_setting_is_out_of_the_loop_and_no_othe
     assert whole.sound is False
     assert len(whole.judge.seen) == 3
     loops = {part: run_without(part, frontier) for part in frontier.LEFT_OUT}
-    for part in ("no-anchor", "no-text", "no-harmless"):
+    for part in ("no-anchor", "no-text", "no-harmless", "small-check"):
         assert loops[part][0].judge.state() == whole.judge.state()
         assert loops[part][0].region == whole.region
     assert {part for part, (loop, _) in loops.items() if not loop.region.limits} == {"fixed-rates"}
     assert {part for part, (loop, _) in loops.items() if loop.judge is None} == {"last-state"}
     assert all(loops["last-state"][1].values())
     assert loops["refusals-only"][0].sound is True
+    assert whole.region.over
+    heavier = {part for part, (loop, _) in loops.items() if loop.region.weight > whole.region.anchor}
+    assert heavier == {*loops} - {"fixed-rates", "last-state", "refusals-only", "light-anchor"}
     even = loops["even-tokens"][0].region.limits
     assert even == {"harmless": pytest.approx(0.05), "general": whole.region.limits["general"]}
+
+
+def test_the_size_of_the_steps_is_found_unless_that_is_left_out(frontier):
+    check = Strict(HARMFUL, HARMFUL, list, every=1, max_divergence=0.05)
+    for part, scale in (("", 4.0), ("same-steps", 1.0)):
+        loop = types.SimpleNamespace(region=TrustRegion.of(check, 4.0, adapts=True))
+        frontier.leave_out(part, loop)
+        for _ in range(8):
+            loop.region.stepped({"harmless": 0.0})
+        assert loop.region.scale == scale
 
 
 def test_states_between_two_checks_are_looked_at_unless_they_are_left_out(frontier, monkeypatch):

@@ -435,7 +435,7 @@ class Loop:
             self.best = {key: torch.from_numpy(arrays[f"best/{key}"]) for key in self.named}
         self.step, self.kept_step, self.stopped = state["step"], state["kept_step"], state["stopped"]
         self.history = [TrainingStep(**step) for step in state["history"]]
-        self.region = TrustRegion(**state["region"])
+        self.region = dataclasses.replace(self.region, **state["region"])
         if self.judge is not None:
             self.judge.restore(state["judge"])
         self.examples = _examples(arrays, state["prompts"])
