@@ -1,4 +1,5 @@
-"""`--dry-run` against what is then measured: peak memory, disk and processor time of `find` on real models.
+"""`--dry-run` against what is then measured: peak memory, disk and processor time of `find`, and of `verify
+deactivate` of a hundredth of the neurons beside three random sets, on real models.
 
     python benchmarks/dry_run.py --models real:smollm2-135m-instruct,real:qwen2.5-coder-0.5b-instruct
     python benchmarks/dry_run.py --shapes      # plans of a 70B and of a 235B-A22B, by their configurations
@@ -26,6 +27,7 @@ GPU_RATE = 3e14
 LABELLED = ("--unsafe", "builtin:harmful", "--safe", "builtin:harmless")
 COMPARED = ("memory_bytes", "disk_bytes", "seconds")
 METHODS = {"importance": (), "contrast": ("--max-new-tokens", "16")}
+VERIFY = ("--random", "3", "--max-new-tokens", "16")
 
 
 def status(name: str) -> int:
@@ -51,8 +53,24 @@ def called(words: list[str]) -> dict[str, Any]:
     return found
 
 
-def words_of(method: str, model: str, limit: int, layers: str | None) -> list[str]:
-    """The command of a search."""
+def a_hundredth(outline: Any, file: pathlib.Path) -> str:
+    """Write a set of the first hundredth of every site's neurons."""
+    from safety_neurons.neurons import NeuronSet
+
+    sizes = {key: size for key, size in outline.table.sizes.items() if key in outline.anatomy.places}
+    NeuronSet({key: range(max(1, size // 100)) for key, size in sizes.items()}, outline.table).save(file)
+    return str(file)
+
+
+def words_of(method: str, model: str, limit: int, layers: str | None, place: pathlib.Path) -> list[str]:
+    """The command of a search, or of `verify`."""
+    if method == "verify":
+        from safety_neurons.model.outline import outlines
+
+        [outline], _ = outlines([model], device="cpu")
+        neurons = a_hundredth(outline, place / "neurons.safetensors")
+        words = ["verify", "deactivate", "--model", model, "--neurons", neurons, *VERIFY]
+        return [*words, "--limit", str(limit), "--device", "cpu"]
     named = ["--base", model, "--aligned", model] if method == "contrast" else ["--model", model]
     some = [] if layers is None else ["--layers", layers]
     return ["find", method, *named, *METHODS[method], "--limit", str(limit), *some, "--device", "cpu"]
@@ -91,7 +109,6 @@ def alone(words: list[str], *, plan: bool) -> dict[str, Any]:
 def planned_shapes() -> list[dict[str, Any]]:
     """Plans of verbs for two large public shapes: a hundredth of the neurons, built-in prompts."""
     from safety_neurons.model.outline import outlines
-    from safety_neurons.neurons import NeuronSet
 
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "tests"))
     from model.test_cost import LLAMA_70B, QWEN_235B
@@ -104,10 +121,7 @@ def planned_shapes() -> list[dict[str, Any]]:
                 folder.mkdir()
                 (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
             [outline], _ = outlines([one])
-            sizes = {key: size for key, size in outline.table.sizes.items() if key in outline.anatomy.places}
-            members = {key: range(max(1, size // 100)) for key, size in sizes.items()}
-            neurons = f"{place}/{name}.safetensors"
-            NeuronSet(members, outline.table).save(neurons)
+            neurons = a_hundredth(outline, pathlib.Path(place) / f"{name}.safetensors")
             for what, words in {
                 "find importance": ["--model", str(one)],
                 "find contrast": ["--base", str(one), "--aligned", str(other)],
@@ -157,7 +171,7 @@ def main() -> None:
     """Measure every model and method, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", default="real:smollm2-135m-instruct")
-    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--methods", default=",".join(METHODS), help="or verify")
     parser.add_argument("--limit", type=int, default=8)
     parser.add_argument("--layers", help="search these alone, A:B")
     parser.add_argument("--out", type=pathlib.Path, default=RESULT)
@@ -175,16 +189,17 @@ def main() -> None:
     if options.shapes:
         kept_with(planned_shapes(), options.out)
         return
-    for model in options.models.split(","):
-        for method in options.methods.split(","):
-            words = words_of(method, model, options.limit, options.layers)
-            plan, real = alone(words, plan=True), alone(words, plan=False)
-            ratios = {name: plan[name] / real[name] for name in COMPARED}
-            what = f"find {method}, {options.limit} prompts"
-            what += f", layers {options.layers}" if options.layers else ""
-            row = {"what": what, "model": model, "plan": plan, "measured": real, "ratios": ratios}
-            kept_with([row], options.out)
-            print(what, model, {name: round(value, 2) for name, value in ratios.items()})
+    with tempfile.TemporaryDirectory() as place:
+        for model in options.models.split(","):
+            for method in options.methods.split(","):
+                words = words_of(method, model, options.limit, options.layers, pathlib.Path(place))
+                plan, real = alone(words, plan=True), alone(words, plan=False)
+                ratios = {name: plan[name] / real[name] for name in COMPARED}
+                what = f"{words[0]} {words[1]}, {options.limit} prompts"
+                what += f", layers {options.layers}" if options.layers else ""
+                row = {"what": what, "model": model, "plan": plan, "measured": real, "ratios": ratios}
+                kept_with([row], options.out)
+                print(what, model, {name: round(value, 2) for name, value in ratios.items()})
 
 
 if __name__ == "__main__":

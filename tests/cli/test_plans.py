@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import re
 from functools import partial
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from running import command, done, refused
 
+from safety_neurons.capability import measures
 from safety_neurons.cli.plans import WORKS
 from safety_neurons.cli.verb import DECLARED, VERBS, load
 from safety_neurons.detectors import METHODS, Method, find, importance
@@ -150,6 +152,55 @@ def test_a_factor_of_one_costs_nothing(shape: pathlib.Path, neurons: pathlib.Pat
     words = ("verify", "scale", "--model", shape, "--neurons", neurons, "--limit", "4", "--dry-run")
     with_one, without = (done(*words, "--factors", factors) for factors in ("0,1.0,2", "0,2"))
     assert with_one["new_tokens"] == without["new_tokens"]
+
+
+MEASURED = {
+    "verify patch": ("PAIR", "--neurons", "NEURONS"),
+    "verify deactivate": ("ONE", "--scores", "SCORES", "--sizes", "0.1,0.3"),
+    "verify both": ("PAIR", "--scores", "SCORES", "--sizes", "0.1,0.3"),
+    "verify scale": ("ONE", "--neurons", "NEURONS", "--factors", "0,1,2"),
+    "analyze progressive": ("ONE", "--neurons", "NEURONS", "--points", "2"),
+}
+
+
+@pytest.mark.parametrize("verb", MEASURED)
+def test_a_plan_counts_the_texts_that_are_measured(
+    verb: str, tiny_pair: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = ("find", "weight-change", *tiny_pair.models, "--top-per-matrix", "1")
+    done(*found, "--out", tmp_path / "found")
+    places = {
+        "PAIR": tiny_pair.models,
+        "ONE": ("--model", tiny_pair.aligned),
+        "SCORES": (tmp_path / "found",),
+        "NEURONS": (tmp_path / "found",),
+    }
+    words = [each for word in MEASURED[verb] for each in places.get(word, (word,))]
+    words += [*tiny_pair.measured_on, "--text", tiny_pair.text, "--limit", "2", "--random", "2"]
+    words += ["--max-new-tokens", "2"]
+    read = dict.fromkeys(("token_losses", "kl_divergence"), 0)
+
+    def counting(name: str, function: Any) -> Any:
+        def counted(model: LanguageModel, texts: Any, *given: Any, **named: Any) -> Any:
+            read[name] += len(texts)
+            return function(model, texts, *given, **named)
+
+        return counted
+
+    for name in read:
+        monkeypatch.setattr(measures, name, counting(name, getattr(measures, name)))
+    plan = command(*verb.split(), *words, "--dry-run")
+    assert plan.code == 0, plan
+    assert set(read.values()) == {0}
+    done(*verb.split(), *words, "--out", tmp_path / "run")
+    planned = {
+        what: int(texts) * int(times or 1)
+        for what, texts, times in re.findall(
+            r"^ *([a-z]+): ([0-9]+) texts, (?:([0-9]+) × )?", plan.out + plan.err, re.MULTILINE
+        )
+    }
+    assert planned["perplexity"] == read["token_losses"] > 0
+    assert planned["divergence"] == 2 * read["kl_divergence"] > 0
 
 
 @pytest.mark.parametrize("method", ["importance", "contrast"])

@@ -465,13 +465,17 @@ class Ordered(Declaration):
 
     def ranks(self, session: Session, model: Any) -> Any:
         """The scores of `--scores`, or those beside the neurons; None where there are none."""
-        if self.scores is not None:
-            return session.scores(self.scores, model)
-        path = pathlib.Path(resolve(self.neurons)) if self.neurons else pathlib.Path()
-        folder = path if path.is_dir() else path.parent
-        return (
-            session.scores(str(folder), model) if self.neurons and (folder / SCORES_FILE).is_file() else None
-        )
+        path = scores_of(self.neurons, self.scores)
+        return None if path is None else session.scores(path, model)
+
+
+def scores_of(neurons: str | None, scores: str | None) -> str | None:
+    """Where the scores of a set are: the file that is named, or one beside the neurons."""
+    if scores is not None or neurons is None:
+        return scores
+    path = pathlib.Path(resolve(neurons))
+    folder = path if path.is_dir() else path.parent
+    return str(folder) if (folder / SCORES_FILE).is_file() else None
 
 
 @dataclasses.dataclass(frozen=True)

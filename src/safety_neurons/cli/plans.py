@@ -27,8 +27,10 @@ if TYPE_CHECKING:
     from safety_neurons.model.cost import Work
     from safety_neurons.model.outline import Outline
 
-CHARACTERS = 24
-"""Bytes of a completion's record for each of its tokens: its text, its id and the prompt's share."""
+CHARACTERS, RECORD, ARM = 11, 480, 2800
+"""Bytes of a completion's record for each of its tokens (its text and id) and beside them (the prompt and two
+verdicts); of what a result says of an arm.
+"""
 
 
 def plan(session: Session) -> dict[str, Any]:
@@ -181,9 +183,13 @@ class Planner:
             together=together,
         )
 
-    def measured(self, arms: float | int, name: str = "text", limit: Any = None) -> "Work":
+    def measured(self, arms: float | int, name: str = "text", limit: Any = "limit") -> "Work":
         """General text whose losses are measured in so many arms."""
         return self.read("perplexity", self.lengths(name, limit=limit), passes=arms, logits=True)
+
+    def diverged(self, arms: float | int, name: str = "harmless", limit: Any = "limit") -> "Work":
+        """Prompts that are read untreated and treated in so many arms."""
+        return self.read("divergence", self.lengths(name, limit=limit), passes=2 * arms, logits=True)
 
     def found(
         self, method: Method, prompts: tuple[int, ...], others: tuple[int, ...] = (), searches: int = 1
@@ -271,7 +277,12 @@ class Planner:
             # A name with its place in the header of either file, and a digest a prompt in both.
             total += 4 * n + 8 * min(n, chosen) + 2 * 90 * len(sizes) + 2 * 70 * n_prompts
         if self.words[0] in ("verify", "compare", "evaluate", "tune", "study", "analyze"):
-            total += CHARACTERS * sum(work.written for work in works)
+            total += round(
+                sum(
+                    work.answers * (len(work.lengths) * (RECORD + CHARACTERS * work.new_tokens) + ARM)
+                    for work in works
+                )
+            )
         if self.words[0] == "compare":
             total += 12 * table.n_neurons
         total += sum(2 * work.trained * 4 for work in works)
@@ -334,7 +345,7 @@ def _verify(planner: Planner) -> "list[Work]":
         works.append(planner.asked(patched, "harmful", "harmless", models=2, together=patched))
     if off:
         works.append(planner.asked(off, "harmful", "harmless", together=1 if kind == "scale" else off))
-    return [*works, planner.measured(patched + lone + off)]
+    return [*works, planner.measured(patched + lone + off), planner.diverged(patched + patch + off)]
 
 
 def _compare(planner: Planner) -> "list[Work]":
@@ -352,7 +363,8 @@ def _compare(planner: Planner) -> "list[Work]":
         planner.asked(3, "harmful", "harmless"),  # both models, and the ceiling by parameters
         planner.asked(rows, "harmful", together=rows),
         planner.asked(rows + 1, "harmful", "harmless", models=2, together=rows + 1),  # and the ceiling
-        planner.measured(rows, "find_general", "limit"),
+        planner.measured(rows, "find_general"),
+        planner.diverged(rows + 2),
     ]
 
 
@@ -405,7 +417,8 @@ def _tune(planner: Planner) -> "list[Work]":
         planner.notes.append("checks while training come on top of the time, and may end it early")
     return [
         planner.asked(2, "test_harmful", "test_harmless", limit=None),
-        planner.measured(2),
+        planner.measured(2, limit=None),
+        planner.diverged(1, "test_harmless", limit=None),
         planner.trained("training", examples, options["epochs"], planner.entries()),
     ]
 
@@ -487,9 +500,24 @@ def _vocabulary(planner: Planner) -> "list[Work]":
 
 
 def _progressive(planner: Planner) -> "list[Work]":
+    """Blocks of layers off from the front, from the back and alone, in random orders, and random sets."""
+    from safety_neurons.cli.analyze import scores_of
+    from safety_neurons.studies.verification import ladder, layer_blocks
+
     options = planner.options
-    arms = 1 + options["points"] * (2 + 2 * options["random"])
-    return [planner.asked(arms, "harmful", "harmless", together=arms - 1), planner.measured(arms)]
+    neurons = planner.session.neurons(options["neurons"], planner.outline)
+    blocks = len(layer_blocks(neurons, options["points"]))
+    between = max(0, blocks - 2)  # the first, the last and all blocks stand in several curves
+    ranked = scores_of(options["neurons"], options["scores"]) is not None
+    sizes = len(ladder(len(neurons), options["points"])) if ranked else 0
+    treated = 2 * blocks - 1 + max(0, sizes - 1) + between
+    treated += options["random"] * (between + (sizes or blocks))
+    return [
+        planner.asked(1, "harmful", "harmless"),
+        planner.asked(treated, "harmful", "harmless", together=treated),
+        planner.measured(1 + treated),
+        planner.diverged(treated),
+    ]
 
 
 def _tax(planner: Planner) -> "list[Work]":

@@ -17,7 +17,7 @@ from safety_neurons.model.decoding import SHARED
 from safety_neurons.model.language_model import CACHE_BYTES, WIDEST, LanguageModel
 from safety_neurons.model.outline import Outline
 from safety_neurons.model.pace import Reading, ReadingPace, Throughput, attended_in
-from safety_neurons.model.passes import LOGIT_BYTES
+from safety_neurons.model.passes import LOGIT_BYTES, LOGITS_AT_ONCE
 from safety_neurons.model.proof import ROWS_AT_ONCE, TOKENS
 from safety_neurons.model.sites import AttentionAnatomy, LayerAnatomy
 from safety_neurons.neurons import MLP_SITES
@@ -385,7 +385,9 @@ def _sizes(outline: Outline, work: Work, batch_size: BatchSize) -> _Sizes:
     cache = rows * width * cache_width(outline) * size * work.models if work.new_tokens else 0
     logits = rows * outline.n_ids * (size + 4) if work.new_tokens else 0
     if work.logits:
-        logits = fed * outline.n_ids * (size + 4) * (2 if work.backward else 1)
+        entries = fed * outline.n_ids
+        of_chunk = 2 * max(size, 4) * min(entries, LOGITS_AT_ONCE)  # looked at a part at a time
+        logits = 2 * entries * (size + 4) if work.backward else entries * size + of_chunk
     statistics += work.trained * 4 * 4
     lengths = tuple(full[index] for index in group)
     return _Sizes(activations, cache, logits, statistics, rows, width, len(groups), lengths)

@@ -27,7 +27,13 @@ from safety_neurons.model.batches import (
 )
 from safety_neurons.model.hooks import After, Before, around
 from safety_neurons.model.language_model import LanguageModel
-from safety_neurons.model.passes import PassOptions, in_order, logits_budget, run_batches
+from safety_neurons.model.passes import (
+    LOGITS_AT_ONCE,
+    PassOptions,
+    in_order,
+    logits_budget,
+    run_batches,
+)
 
 Span = tuple[int, int]
 """Tokens of a sequence from the first number up to the second."""
@@ -61,8 +67,6 @@ class Losses:
 
 Treatment = Callable[[], AbstractContextManager[Any]]
 
-
-_CHUNK = 2**22
 
 _NOT_A_NUMBER = "NaN or infinity in the logits"
 
@@ -262,7 +266,7 @@ def _divergence(
 def _chunks(
     rows: Int[Tensor, " row"], targets: Int[Tensor, " row"], width: int
 ) -> list[tuple[Tensor, Tensor]]:
-    size = max(1, _CHUNK // max(1, width))
+    size = max(1, LOGITS_AT_ONCE // max(1, width))
     return list(zip(rows.split(size), targets.split(size), strict=True)) if len(rows) else []
 
 

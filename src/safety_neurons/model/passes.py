@@ -40,6 +40,8 @@ T = TypeVar("T")
 
 LOGIT_BYTES = 2**29
 """Bytes of logits that a batch which needs them may hold."""
+LOGITS_AT_ONCE = 2**22
+"""Logits whose probabilities are in memory at once."""
 
 
 def logits_budget(lm: LanguageModel) -> int:
