@@ -12,7 +12,7 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "safety_neurons"
 FLOORS = (
-    "errors.py counting.py strict_json.py declarations.py",
+    "errors.py counting.py strict_json.py arguments.py declarations.py",
     "prompt_lists neurons results analysis display",
     "model",
     "organism detectors interventions tuning guard judges suites capability",

@@ -91,6 +91,7 @@ _HOME = {
 }
 _BOXES = (
     "analysis",
+    "capability",
     "detectors",
     "errors",
     "guard",
@@ -99,6 +100,7 @@ _BOXES = (
     "model",
     "neurons",
     "organism",
+    "prompt_lists",
     "report",
     "results",
     "studies",
@@ -123,7 +125,10 @@ def lazily(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any]
         setattr(sys.modules[package], name, value)
         return value
 
-    return getattribute, lambda: sorted({*vars(sys.modules[package]), *homes})
+    def listing() -> list[str]:  # Without what the package itself imports.
+        return sorted({*homes, *(name for name in vars(sys.modules[package]) if name.startswith("_"))})
+
+    return getattribute, listing
 
 
 _named, __dir__ = lazily(__name__, _HOME | dict.fromkeys(_BOXES, ""))

@@ -14,9 +14,10 @@ import pathlib
 import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, ClassVar, TypeVar
 
+from safety_neurons.arguments import fits, in_words
 from safety_neurons.errors import UsageError
 
 
@@ -115,6 +116,8 @@ class Option:
     """The type without `None` and without marks: `str`, `int`, `float`, `bool`, `pathlib.Path` or a `list` of
     one.
     """
+    hint: Any
+    """The type as it is annotated."""
     default: Any
     """`dataclasses.MISSING` where the option has to be given."""
     help: str
@@ -151,6 +154,8 @@ class Option:
         """
         if value is None:
             return
+        if self.type in (int, float, bool) and not fits(value, self.hint):
+            raise UsageError(f"{self.flag} {value!r}: expected {' or '.join(in_words(self.hint))}")
         if self.choices and value not in self.choices:
             raise UsageError(f"{self.flag} {value!r} is unknown; expected one of {', '.join(self.choices)}")
         if self.type is not str and isinstance(value, float) and math.isinf(value):
@@ -233,7 +238,7 @@ def _options(cls: type[Declaration]) -> tuple[Option, ...]:
 
 def _option(field: dataclasses.Field[Any], hint: Any, doc: str, panel: str | None) -> Option:
     marks: list[Any] = []
-    hint = _bare(hint, marks)
+    bare = _bare(hint, marks)
 
     def mark(kind: type) -> Any:
         return next((one for one in marks if isinstance(one, kind) or one is kind), None)
@@ -242,6 +247,7 @@ def _option(field: dataclasses.Field[Any], hint: Any, doc: str, panel: str | Non
     return Option(
         field.name,
         getattr(mark(Flag), "text", f"--{field.name.replace('_', '-')}"),
+        bare,
         hint,
         default,
         doc,
@@ -305,5 +311,7 @@ def _is_text(node: ast.stmt) -> bool:
 def listed(value: str | Sequence[str] | None) -> tuple[str, ...] | None:
     """Names separated by commas, or a sequence of them, as a tuple; None stays None."""
     if value is None or not isinstance(value, str):
+        if not fits(value, Iterable[str] | None):
+            raise UsageError(f"{value!r} arrived; expected names, separated by commas or in a list")
         return None if value is None else tuple(value)
     return tuple(part.strip() for part in value.split(",") if part.strip())

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from jaxtyping import Float, Int
 
+from safety_neurons.arguments import well_typed
 from safety_neurons.errors import ForeignModelError, InputError, NeuronError, UsageError
 from safety_neurons.neurons import NeuronSet, Scores, Selection, SiteInfo, SiteTable, parse_key
 from safety_neurons.results.records import ChanceRecord
@@ -89,6 +90,7 @@ class Named:
         }
 
 
+@well_typed
 def read_named(
     specs: Sequence[str], *, top: float | None = None, count: int | None = None, together: bool = True
 ) -> list[Named]:
@@ -114,6 +116,7 @@ def read_named(
     return same_table(_with_names(items)) if together else _apart(_with_names(items))
 
 
+@well_typed
 def name_sets(sets: Iterable[tuple[str, NeuronSet]]) -> list[Named]:
     """Sets in memory with names; errors as for `read_named`."""
     return same_table([Named(name, neurons) for name, neurons in sets])

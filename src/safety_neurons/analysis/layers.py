@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from safety_neurons.analysis.chance import Clumps, Counts, Expectation, Named, beside, clumped, mean_of_draw
+from safety_neurons.arguments import well_typed
 from safety_neurons.display import Displayed
 from safety_neurons.neurons import ATTENTION_SITES, SITES, Scores, SiteInfo, SiteTable, parse_key
 from safety_neurons.results.records import ChanceRecord, Recorded, called
@@ -103,6 +104,7 @@ class Layers(Recorded[JsonObject], Displayed):
         return {"sets": [self.record()]}
 
 
+@well_typed
 def layers(item: Named) -> Layers:
     """Where the neurons of a set lie, and what that says of the claims of both papers.
 

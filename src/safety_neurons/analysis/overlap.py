@@ -48,6 +48,7 @@ from safety_neurons.analysis.chance import (
     simulated_counts,
     total,
 )
+from safety_neurons.arguments import well_typed
 from safety_neurons.display import Displayed
 from safety_neurons.errors import InputError, NeuronError
 from safety_neurons.neurons import NeuronSet, SiteTable
@@ -199,6 +200,7 @@ class Overlap(Recorded[JsonObject], Displayed):
         return {**super().record(), "mean_jaccard": _spread(jaccards), "mean_spearman": _spread(spearmans)}
 
 
+@well_typed
 def overlap(items: Sequence[Named], *, seed: int = 0) -> Overlap:
     """Every two of the sets (and their scores) held against one another.
 
@@ -558,6 +560,7 @@ class LanguageSets(Displayed):
         }
 
 
+@well_typed
 def languages(sets: Mapping[str, NeuronSet], *, seed: int = 0) -> LanguageSets:
     """What the sets of several languages share.
 

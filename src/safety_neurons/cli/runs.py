@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Annotated, Any
 
+from safety_neurons.arguments import well_typed
 from safety_neurons.cli import console
 from safety_neurons.cli.session import Common, OneModel, Session
 from safety_neurons.cli.verb import INTERRUPTED, verb
@@ -82,6 +83,7 @@ def tell_story(session: Session, hurried: Hurried) -> dict[str, Any]:
     return tell(session.common, session.into("demo"), quick=hurried.quick)
 
 
+@well_typed
 def demo(out: str | pathlib.Path = "runs/demo", *, quick: bool = False, seed: int = 0) -> pathlib.Path:
     """The whole story on the organism that ships with the package. Returns the path of the report."""
     return pathlib.Path(

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from safety_neurons.arguments import well_typed
 from safety_neurons.counting import numbered
 from safety_neurons.detectors.activity import (
     Moments,
@@ -107,6 +108,7 @@ def activations(_: ActivationMagnitude, run: Run) -> Scored:
     return Scored(statistics_of(run.sizes, folded.sums["prompts"]).root_mean_square(), folded.counts)
 
 
+@well_typed
 def find_random(
     table: SiteTable,
     *,

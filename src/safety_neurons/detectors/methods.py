@@ -11,6 +11,7 @@ import importlib.metadata
 from collections.abc import Collection, Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
+from safety_neurons.arguments import well_typed
 from safety_neurons.declarations import Between, Count, Declaration, OneOf, Positive, Share, listed
 from safety_neurons.detectors.rules import Ranked, Searched, Sized, Voted, WholeParts
 from safety_neurons.errors import UsageError
@@ -110,12 +111,8 @@ class Method(Searched):
 
         parsed = {key: parse_key(key) for key in keys}
         n_layers = 1 + max((one.layer for one in parsed.values()), default=0)
-        layers = parse_layers(self.layers, n_layers) if isinstance(self.layers, str) else self.layers
-        return [
-            key
-            for key, one in parsed.items()
-            if one.site in self.searched and (layers is None or one.layer in layers)
-        ]
+        layers = parse_layers(self.layers, n_layers)
+        return [key for key, one in parsed.items() if one.site in self.searched and one.layer in layers]
 
     def config(self, run: Any) -> dict[str, Any]:
         """What decides the scores, beside models and prompts.
@@ -163,6 +160,7 @@ METHODS: dict[str, type[Method]] = {}
 Registered = TypeVar("Registered", bound=type[Method])
 
 
+@well_typed
 def register(method: Registered) -> Registered:
     """Make a method known by its `NAME`: to `find`, to `compare`, and to their help.
 

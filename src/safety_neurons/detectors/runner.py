@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from safety_neurons.arguments import well_typed
 from safety_neurons.counting import numbered
 from safety_neurons.detectors import methods
 from safety_neurons.detectors.methods import Method
 from safety_neurons.detectors.rules import Ranked
-from safety_neurons.errors import NumericalError, RunError, UnsupportedModelError, UsageError
+from safety_neurons.errors import InputError, NumericalError, RunError, UnsupportedModelError, UsageError
 from safety_neurons.model import LanguageModel, as_prompts, check_pair
 from safety_neurons.model.batches import (
     Batch,
@@ -452,6 +453,7 @@ class Run:
         return {"stream": self.stream, "batch_size": self.batch_size, "progress": self.progress}
 
 
+@well_typed
 def find(
     method: Method,
     models: Sequence[LanguageModel],
@@ -501,6 +503,8 @@ def find(
             reason = f"the routed experts are there, and their neurons cannot be told: {unknown}"
         raise UnsupportedModelError(reason)
     requests = as_prompts(prompts) if method.PROMPTS and prompts is not None else Prompts([])
+    if method.PROMPTS and not len(requests):
+        raise InputError(f"{method.NAME} looks at prompts, and the list is empty; expected at least one")
     shown: Any = {name: None if text is None else as_prompts(text) for name, text in others.items()}
     state: Any = {"completions": completions, "batch_size": batch_size, "progress": progress}
     run = Run(tuple(models), requests, method, **shown, **state)
@@ -718,10 +722,6 @@ def caller(kind: type[Method]) -> Callable[..., Found]:
     """
 
     def find_by(*given: Any, **options: Any) -> Found:
-        unknown = next((name for name in options if name not in signature.parameters), None)
-        if unknown is not None:
-            known = ", ".join(list(signature.parameters)[len(names) :])
-            raise UsageError(f"{kind.NAME} has no option {unknown!r}; expected some of {known}")
         bound = signature.bind(*given, **options)
         models = [bound.arguments.pop(name) for name in names]
         prompts = bound.arguments.pop("prompts", None)
@@ -742,17 +742,22 @@ def caller(kind: type[Method]) -> Callable[..., Found]:
         "progress",
     ]
     behind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    parameters = [inspect.Parameter(name, behind) for name in names]
+    parameters = [inspect.Parameter(name, behind, annotation=LanguageModel) for name in names]
+    default: Any = inspect.Parameter.empty if kind.PROMPTS else None
     parameters.append(
-        inspect.Parameter("prompts", behind, default=inspect.Parameter.empty if kind.PROMPTS else None)
+        inspect.Parameter("prompts", behind, default=default, annotation=Asked if kind.PROMPTS else Any)
     )
+    kinds: dict[str, Any] = {"subtract": NeuronSet | None, "completions": Completions | None}
+    kinds["batch_size"] = BatchSize
     for one in keywords:
         name, default = (
             (one, "auto" if one == "batch_size" else None)
             if isinstance(one, str)
             else (one.name, one.default)
         )
-        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default))
+        kind_of = kinds.get(name, inspect.Parameter.empty)
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        parameters.append(inspect.Parameter(name, keyword, default=default, annotation=kind_of))
     signature = inspect.Signature(parameters, return_annotation=Found)
     find_by.__name__ = find_by.__qualname__ = f"find_{kind.NAME.replace('-', '_')}"
     find_by.__doc__ = f"{inspect.getdoc(kind)}\n\nArgs:\n" + "".join(
@@ -760,7 +765,7 @@ def caller(kind: type[Method]) -> Callable[..., Found]:
     )
     find_by.__doc__ += "    Others as for `find`, which also says what is raised.\n"
     find_by.__signature__ = signature  # type: ignore[attr-defined]
-    return find_by
+    return well_typed(find_by)
 
 
 find_activation_magnitude = caller(methods.ActivationMagnitude)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float32, Int
 
+from safety_neurons.arguments import well_typed
 from safety_neurons.counting import numbered
 from safety_neurons.errors import InputError, RunError, UsageError
 from safety_neurons.guard.calibration import Recheck, rates_at, unsupported
@@ -66,6 +67,7 @@ class AnswerTokens:
         return [*self.question, *self.token_ids]
 
 
+@well_typed
 def answers_in(model: LanguageModel, prompts: Prompts) -> list[AnswerTokens]:
     """The answers that records bring with them; those without one are left out.
 
@@ -88,6 +90,7 @@ def answers_in(model: LanguageModel, prompts: Prompts) -> list[AnswerTokens]:
     return found
 
 
+@well_typed
 def answers_written(model: LanguageModel, prompts: Prompts, completions: Completions) -> list[AnswerTokens]:
     """The answers that a model wrote to prompts, in order.
 
@@ -116,6 +119,7 @@ def checks_of(answer: AnswerTokens, every: int, longest: int, ends: frozenset[in
     return tuple(sorted(place for place in places if place > 0))
 
 
+@well_typed
 def score_answers(
     guard: Guard,
     answers: Sequence[AnswerTokens],
@@ -175,6 +179,7 @@ def score_answers(
     return found
 
 
+@well_typed
 def fit_answers(
     guard: Guard,
     unsafe: Sequence[AnswerTokens],

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Float32, Float64, Int
 from torch import Tensor
 
+from safety_neurons.arguments import well_typed
 from safety_neurons.counting import numbered
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.results import Rate, rate
@@ -233,6 +234,7 @@ def log_loss(log_odds: Scores, unsafe: Labels) -> float:
     return float(np.mean(np.logaddexp(0, log_odds) - unsafe * log_odds))
 
 
+@well_typed
 def expected_calibration_error(probabilities: Scores, unsafe: Labels, bins: int = 15) -> float:
     """Mean distance between predicted probability and share of unsafe examples, over `bins_of` the
     probabilities.
@@ -405,6 +407,7 @@ class OperatingPoint:
         check_probability(self.threshold or 0.0, "threshold")
 
 
+@well_typed
 def operating_points(
     probabilities: Float64[np.ndarray, " prompt"],
     unsafe: Bool[np.ndarray, " prompt"],

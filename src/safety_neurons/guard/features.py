@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int
 from torch import Tensor
 
+from safety_neurons.arguments import well_typed
 from safety_neurons.errors import InputError, NeuronError, UsageError
 from safety_neurons.guard.calibration import LATER
 from safety_neurons.guard.verdict import ASKED, WHOLE
@@ -490,6 +491,7 @@ def positions(index: Index, columns: Int[Tensor, " neuron"]) -> Int[Tensor, " ne
     )
 
 
+@well_typed
 def read_features(
     model: LanguageModel,
     prompts: Texts,
@@ -531,6 +533,7 @@ def read_features(
     )[chosen]
 
 
+@well_typed
 def read_poolings(
     model: LanguageModel,
     encoded: Sequence[Encoded],

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float64, Int
 
+from safety_neurons.arguments import well_typed
 from safety_neurons.counting import numbered
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.guard.calibration import (
@@ -69,6 +70,7 @@ class CalibrationSettings:
         check_probability(self.fpr, "false-positive rate")
 
 
+@well_typed
 @dataclass(frozen=True)
 class FitSettings(CalibrationSettings):
     """How a guard is fit."""
@@ -116,6 +118,7 @@ class Split:
     calibration: Int[np.ndarray, " calibration"]
 
 
+@well_typed
 def stratified_split(
     labels: Labels, *, seed: int = 0, shares: Sequence[float] = SHARES, groups: GroupLabels = None
 ) -> Split:
@@ -220,6 +223,7 @@ class Fitted(CalibratedClassifier):
     split: Split
 
 
+@well_typed
 def fit_on_features(
     values: Values,
     labels: Labels,
@@ -492,6 +496,7 @@ def regression(values: Values, labels: Labels, penalty: float, notes: list[str] 
     return Classifier(torch.from_numpy(mean), torch.from_numpy(scale), torch.from_numpy(weights), bias)
 
 
+@well_typed
 def fit_guard(
     model: LanguageModel,
     neurons: NeuronSet,

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from torch import Tensor
 from transformers import StopStringCriteria
 
+from safety_neurons.arguments import well_typed
 from safety_neurons.errors import DecodeError, MismatchError, UsageError
 from safety_neurons.guard.features import Request, as_request_prompts, model_lock, readings
 from safety_neurons.guard.guard import Guard
@@ -262,6 +263,7 @@ class GuardedModel:
             or re-checks that nothing was calibrated for.
     """
 
+    @well_typed
     def __init__(self, model: LanguageModel, guard: Guard, **rules: Any) -> None:
         if guard.model is not None and guard.model.inner is not model.inner:
             raise MismatchError(
@@ -514,6 +516,7 @@ class GuardedModel:
         return self.rules.refusal
 
 
+@well_typed
 @contextlib.contextmanager
 def guarding(model: LanguageModel, guard: Guard, **options: Any) -> Iterator[GuardedModel]:
     """A model that answers through its guard for a block: whoever calls its `complete` meanwhile gets guarded

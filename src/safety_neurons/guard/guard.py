@@ -20,6 +20,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from safety_neurons import strict_json
+from safety_neurons.arguments import well_typed
 from safety_neurons.counting import numbered
 from safety_neurons.errors import (
     ForeignModelError,
@@ -142,6 +143,7 @@ class Bindings:
                 raise MismatchError(f"the guard was fit on {self.model} with {words}{hashes}; {advice}")
 
 
+@well_typed
 def bindings_of(model: LanguageModel, neurons: NeuronSet) -> Bindings:
     """The bindings of a guard on these neurons of a model as it is now.
 
@@ -294,6 +296,7 @@ class Guard:
 
     # Thresholds
 
+    @well_typed
     def at(self, fpr: float) -> "Guard":
         """The guard at the operating point of a false-positive rate.
 
@@ -318,6 +321,7 @@ class Guard:
             self, threshold=point.threshold, in_force=f"{'' if self.confirmed else PROVISIONAL}fpr {fpr:g}"
         )
 
+    @well_typed
     def with_threshold(self, threshold: float) -> "Guard":
         """The guard with a threshold of one's own.
 
@@ -392,6 +396,7 @@ class Guard:
 
     # Model
 
+    @well_typed
     def bind(self, model: LanguageModel) -> "Guard":
         """The guard on a model in memory, after checking that it is the one it was fit on.
 
@@ -420,6 +425,7 @@ class Guard:
 
     # Scoring
 
+    @well_typed
     def score(
         self, messages: Request, *, threshold: float | None = None, fail_open: bool = False, top: int = TOP
     ) -> Verdict:
@@ -444,6 +450,7 @@ class Guard:
         """
         return self.score_batch([messages], threshold=threshold, fail_open=fail_open, top=top)[0]
 
+    @well_typed
     def score_batch(
         self,
         requests: Sequence[Request],
@@ -638,6 +645,7 @@ class Guard:
 
     # Files
 
+    @well_typed
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes `guard.safetensors` (neurons, weights, standardisation) and `guard.json` (everything else)
         into a folder.
@@ -661,6 +669,7 @@ class Guard:
         write_json(place / FACTS, {**told, SEAL: seal})
 
     @staticmethod
+    @well_typed
     def load(folder: str | os.PathLike[str], model: LanguageModel | None = None) -> "Guard":
         """The guard in a folder, or in that of the run that fit it, bound to a model where one is given.
 

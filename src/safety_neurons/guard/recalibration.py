@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from safety_neurons.arguments import well_typed
 from safety_neurons.counting import numbered
 from safety_neurons.errors import ForeignModelError
 from safety_neurons.guard.features import read_poolings
@@ -30,6 +31,7 @@ from safety_neurons.prompt_lists.readers import PREFIX
 from safety_neurons.results import plain
 
 
+@well_typed
 def recalibrate(
     guard: Guard,
     model: LanguageModel,

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from safety_neurons.arguments import well_typed
 from safety_neurons.errors import UsageError
 from safety_neurons.guard.calibration import check_probability
 from safety_neurons.guard.features import Collector
@@ -31,6 +32,7 @@ Log = Callable[[Mapping[str, Any]], None]
 """Told of every verdict as JSON values: prompt id, verdict, tokens, whether it was stopped; never a text."""
 
 
+@well_typed
 @dataclass(frozen=True)
 class Rules:
     """When a guarded model stops an answer, and what takes its place."""

@@ -14,18 +14,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from safety_neurons.arguments import well_typed
 from safety_neurons.errors import InputError, UnsupportedModelError, UsageError
 from safety_neurons.interventions.targets import Subject
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.adapters import is_adapted
 from safety_neurons.model.batches import BatchSize
+from safety_neurons.model.language_model import Texts as Asked
 from safety_neurons.model.passes import read_residual
 from safety_neurons.model.sites import DOWN, stored_weight
 from safety_neurons.prompt_lists import Prompts
 
 
+@well_typed
 def refusal_directions(
-    model: LanguageModel, harmful: Prompts, harmless: Prompts, *, batch_size: BatchSize = "auto"
+    model: LanguageModel, harmful: Asked, harmless: Asked, *, batch_size: BatchSize = "auto"
 ) -> Float[Tensor, "layer hidden"]:
     """The mean residual stream of harmful prompts minus that of harmless ones, after every layer, at the last
     token of the templated prompt, in float64.
@@ -37,9 +40,9 @@ def refusal_directions(
     """
     means = []
     for name, prompts in (("harmful", harmful), ("harmless", harmless)):
-        if not len(prompts):
-            raise InputError(f"no {name} prompts arrived; a difference of means needs one or more")
         ids = [encoded.ids for encoded in model.encode(prompts)]
+        if not ids:
+            raise InputError(f"no {name} prompts arrived; a difference of means needs one or more")
         means.append(torch.from_numpy(read_residual(model, ids, batch_size)).double().mean(0))
     return means[0] - means[1]
 
@@ -157,6 +160,7 @@ def without(
     return rest
 
 
+@well_typed
 @contextlib.contextmanager
 def abliterated(
     model: LanguageModel, directions: Float[Tensor, "direction hidden"], *, keep_norms: bool = False
@@ -178,6 +182,11 @@ def abliterated(
     stays as it is, since its projection would also change the output head; several directions; norms kept by
     the column, so that nothing is put back along a direction.
     """
+    if directions.shape[1] != model.config.hidden_size:
+        raise UsageError(
+            f"directions of {directions.shape[1]} numbers; expected {model.config.hidden_size}, as many as "
+            "the residual stream has"
+        )
     basis = torch.linalg.qr(directions.double().T).Q.T
     before = [(writer, writer.tensor.clone()) for writer in writers(model)]
     try:

@@ -32,6 +32,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from safety_neurons.arguments import well_typed
 from safety_neurons.errors import DecodeError, MismatchError, UsageError
 from safety_neurons.interventions.by_row import ByRow, by_row
 from safety_neurons.interventions.columns import ChosenColumns, columns, indices
@@ -597,6 +598,7 @@ def _to(value: Any, device: torch.device) -> Any:
     return {name: _to(one, device) for name, one in value.items()} if isinstance(value, dict) else value
 
 
+@well_typed
 @contextlib.contextmanager
 def patched(
     base: Any,

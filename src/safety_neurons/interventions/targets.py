@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from safety_neurons.arguments import well_typed
 from safety_neurons.errors import DecodeError, NeuronError, UnsupportedModelError, UsageError
 from safety_neurons.interventions.by_row import ByRow, by_row
 from safety_neurons.interventions.columns import ChosenColumns, PerDevice, columns, indices
@@ -55,7 +56,12 @@ class Subject:
     @classmethod
     def of(cls, view: Any) -> "Subject":
         """Resolves a `LanguageModel`, or a Hugging Face model as it is."""
-        model = view if isinstance(view, nn.Module) else view.model
+        model = view if isinstance(view, nn.Module) else getattr(view, "model", None)
+        if not isinstance(model, nn.Module):
+            raise UsageError(
+                f"a {type(view).__name__} as the model; expected a LanguageModel, as sn.load(…) gives "
+                "one, or a model of transformers"
+            )
         known = _KNOWN.get(model)
         anatomy = None if known is None else known()
         if anatomy is None:
@@ -277,6 +283,7 @@ class _Draws:
         return torch.randn(values.shape, generator=self._generator, dtype=torch.float32).to(values)
 
 
+@well_typed
 @contextlib.contextmanager
 def deactivated(model: Any, *neuron_sets: NeuronSet | Mapping[str, Any] | ByRow) -> Iterator[Any]:
     """Runs the model as if the parameters of some neurons were zero, inside a ``with`` block.
@@ -312,6 +319,7 @@ def deactivated(model: Any, *neuron_sets: NeuronSet | Mapping[str, Any] | ByRow)
         yield model
 
 
+@well_typed
 @contextlib.contextmanager
 def rerouted(model: Any, neurons: NeuronSet | Mapping[str, Any]) -> Iterator[Any]:
     """Runs a mixture with whole experts off at the router, inside a ``with`` block.
@@ -367,6 +375,7 @@ class Flags(Protocol):
         """One answer for each request, given as its token ids, template included."""
 
 
+@well_typed
 @contextlib.contextmanager
 def scaled(
     model: Any,

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 from safetensors.numpy import load
 
+from safety_neurons.arguments import well_typed
 from safety_neurons.judges.judgement import (
     Case,
     Judge,
@@ -107,6 +108,7 @@ def _verdict(case: Case) -> JudgeVerdict:
     return harm_verdict(round(sure, 3), why="gives content" if sure >= 0.5 else "talks around it")
 
 
+@well_typed
 def broken(completion: Completion) -> bool:
     """Whether what came is no answer: there is nothing to judge, or its words repeat themselves."""
     case = case_of(completion)

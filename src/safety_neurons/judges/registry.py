@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from safety_neurons.arguments import well_typed
 from safety_neurons.errors import UsageError
 from safety_neurons.judges.going_along import GoesAlongJudge
 from safety_neurons.judges.judgement import FunctionJudge, Judge, Judgement, RefusalJudge, ending, judged
@@ -35,6 +36,7 @@ ALIASES = {
 """Short names of judges."""
 
 
+@well_typed
 def judge_refusal(
     completions: Sequence[Completion], judge: str = "wording", *, think_end: str | None = None
 ) -> Judgement:
@@ -59,6 +61,7 @@ def judge_refusal(
     return judged(f"{judge}-{version}", function, ending(completions, think_end))
 
 
+@well_typed
 def judge(name: str, **options: Any) -> Judge:
     """The judge of a name. Models are loaded when it first judges.
 
@@ -108,6 +111,7 @@ def model_behind(name: str) -> str | None:
     return rest or FORMS[kind].model if kind in FORMS else None
 
 
+@well_typed
 def judge_names() -> tuple[str, ...]:
     """The names that `judge` knows, those that take an `:ID` without it."""
     from safety_neurons.judges.guards import FORMS
@@ -115,6 +119,7 @@ def judge_names() -> tuple[str, ...]:
     return tuple(dict.fromkeys((*ALIASES, *JUDGES, HARM_JUDGE, "compliance", *FORMS, *_MODEL_JUDGES)))
 
 
+@well_typed
 def agreement(first: Judgement, second: Judgement) -> Agreement:
     """How far two judges agree on the same completions: on refusal where both say so, otherwise on harm.
 

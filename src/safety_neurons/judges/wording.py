@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from safety_neurons import strict_json
+from safety_neurons.arguments import well_typed
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.judges.judgement import (
     UNSCORED,
@@ -692,6 +693,7 @@ class StringJudge(Judge):
         )
 
 
+@well_typed
 def string_judge(name: str) -> StringJudge:
     """The judge `LIST[/LANGUAGE…]`, where the list is a built-in one or the path of a JSON file.
 
@@ -811,6 +813,7 @@ class ComplianceJudgement:
         return str(self.rate)
 
 
+@well_typed
 def judge_compliance(
     completions: Sequence[Completion], openings: Sequence[str] = OPENINGS
 ) -> ComplianceJudgement:

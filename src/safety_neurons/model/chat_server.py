@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from safety_neurons import strict_json
+from safety_neurons.arguments import well_typed
 from safety_neurons.counting import numbered
 from safety_neurons.errors import ModelError, UsageError
 from safety_neurons.model import ranks
@@ -161,6 +162,7 @@ class ChatServer:
         UsageError: No http or https address, or one of another machine with `offline`.
     """
 
+    @well_typed
     def __init__(
         self,
         url: str,
@@ -461,6 +463,7 @@ class Endpoint:
         UsageError: No such address, or no name of a model.
     """
 
+    @well_typed
     def __init__(
         self,
         url: str,

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from safety_neurons.arguments import well_typed
 from safety_neurons.errors import UsageError
 from safety_neurons.model.batches import hooked_by_others
 from safety_neurons.model.sites import unwrapped
@@ -67,6 +68,7 @@ class TreatedRows:
     begin: Callable[[Sequence[int]], contextlib.AbstractContextManager[Any]]
 
 
+@well_typed
 @dataclass(frozen=True)
 class Decoding:
     """How answers are decoded.
@@ -123,6 +125,8 @@ class Decoding:
             )
         if self.sample and not 0 < self.top_p <= 1:
             raise UsageError(f"--top-p {self.top_p}: expected more than 0 and at most 1")
+        # transformers takes no whole number as a temperature.
+        object.__setattr__(self, "temperature", float(self.temperature))
         if int((self.others or {}).get("num_return_sequences", 1)) != 1:
             raise UsageError(
                 "num_return_sequences: expected one answer a prompt; give the prompt several times, or "

@@ -12,6 +12,7 @@ from typing import Any, Literal, Unpack
 import torch
 from torch import nn
 
+from safety_neurons.arguments import well_typed
 from safety_neurons.errors import InputError, MismatchError, ModelError, UnsupportedModelError
 from safety_neurons.model import ranks
 from safety_neurons.model.adapters import activated, is_adapted
@@ -90,6 +91,7 @@ class LanguageModel:
             template makes of prompts.
     """
 
+    @well_typed
     def __init__(
         self,
         model: nn.Module,
@@ -104,6 +106,11 @@ class LanguageModel:
             raise ModelError(
                 f"{type(model).__name__}: expected a causal language model of transformers, with a "
                 "config and generate()"
+            )
+        if tokenizer is not None and not hasattr(tokenizer, "decode"):
+            raise ModelError(
+                f"{type(tokenizer).__name__} as the tokenizer; expected one of transformers: load it with "
+                "AutoTokenizer.from_pretrained(…)"
             )
         if adapters is not None and adapters and not is_adapted(model):
             raise ModelError(
@@ -269,6 +276,7 @@ class LanguageModel:
         with self.active(), evaluating(self.model):
             yield
 
+    @well_typed
     def encode(self, prompts: Texts, *, reserve: int = 0) -> list[Encoded]:
         """Token ids of prompts, template and generation prompt included, with exactly one BOS where one
         belongs.
@@ -360,6 +368,7 @@ class LanguageModel:
             )
         return middle_out(ids, room)
 
+    @well_typed
     def encode_texts(
         self, texts: Iterable[str], limit: int | None = None, notes: list[str] | None = None
     ) -> list[list[int]]:
@@ -383,6 +392,7 @@ class LanguageModel:
             notes.append(f"{unknown} of {len(whole)} texts {UNKNOWN}")
         return [ids[:most] for ids in whole]
 
+    @well_typed
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out.
 
@@ -417,6 +427,7 @@ class LanguageModel:
             token for text, token in added.items() if is_end_mark(str(text)) or text == self.think_end
         )
 
+    @well_typed
     def complete(
         self,
         prompts: Texts,

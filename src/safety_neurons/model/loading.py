@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from safety_neurons.arguments import well_typed
 from safety_neurons.counting import numbered
 from safety_neurons.errors import MismatchError, ModelError, NumericalError, UsageError, first_line
 from safety_neurons.model.adapters import (
@@ -151,6 +152,7 @@ def parse_spec(spec: str | Path) -> ModelSpec:
     return ModelSpec(*named[0], tuple(named[1:]))
 
 
+@well_typed
 def load(name: str | Path, **options: Any) -> LanguageModel:
     """Loads a model, with adapters unmerged, from a folder or the hub.
 
@@ -174,6 +176,7 @@ def load(name: str | Path, **options: Any) -> LanguageModel:
     return load_several([name], **options)[0]
 
 
+@well_typed
 def load_pair(base: str | Path, aligned: str | Path, **options: Any) -> Pair:
     """Loads the two models of a comparison; adapters of one type on one base share that base in memory.
 
@@ -190,6 +193,7 @@ def load_pair(base: str | Path, aligned: str | Path, **options: Any) -> Pair:
     return Pair(first, second, first.model is second.model)
 
 
+@well_typed
 def load_several(specs: Sequence[str | Path], **options: Any) -> list[LanguageModel]:
     """Loads models that are compared with one another; adapters of one type on one base share it.
 

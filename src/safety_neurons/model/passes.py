@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from safety_neurons.arguments import well_typed
 from safety_neurons.errors import InputError, MismatchError, NumericalError
 from safety_neurons.model import ranks
 from safety_neurons.model.batches import (
@@ -246,6 +247,7 @@ class Statistics:
         )
 
 
+@well_typed
 def activation_statistics(
     lm: LanguageModel,
     sequences: Sequence[Sequence[int]],

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
+from safety_neurons.arguments import well_typed
 from safety_neurons.errors import InputError, ModelError, UsageError, first_line
 from safety_neurons.model.sandbox import TooMuchError, render_template
 from safety_neurons.prompt_lists.records import Message, Prompt, merge_turns
@@ -486,6 +487,7 @@ class Prompting(TypedDict, total=False):
     """
 
 
+@well_typed
 def template_for(
     tokenizer: Any,
     template: str | Path = "auto",

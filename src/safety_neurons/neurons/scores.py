@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Float32
 
+from safety_neurons.arguments import well_typed
 from safety_neurons.errors import NeuronError, NumericalError, UsageError
-from safety_neurons.neurons.sets import ByMatrix, NeuronSet
+from safety_neurons.neurons.sets import ByMatrix, NeuronSet, in_numpy
 from safety_neurons.neurons.table import Provenance, SiteTable, check_sites, keys_within, parse_key, sort_keys
 
 RARE = 0.1
@@ -36,6 +37,7 @@ def largest(values: Float[np.ndarray, " neuron"], count: int) -> Bool[np.ndarray
     return chosen
 
 
+@well_typed
 @dataclass(frozen=True)
 class Selection:
     """Which neurons are taken; exactly one of the first four is given.
@@ -113,6 +115,7 @@ class Selection:
             if getattr(self, entry.name) is not None
         }
 
+    @well_typed
     def choose(self, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """A bool vector per key that says which neurons the rule takes from these scores (agreement plays no
         part here).
@@ -337,6 +340,7 @@ class Scores(ByMatrix):
 
     KIND = "scores"
 
+    @well_typed
     def __init__(
         self, values: Mapping[str, Any], table: SiteTable | None = None, provenance: Provenance | None = None
     ) -> None:
@@ -351,7 +355,8 @@ class Scores(ByMatrix):
             NeuronError: an unknown key, or (with a table) a vector of another length than the matrix.
             NumericalError: NaN or infinity.
         """
-        super().__init__({key: _vector(key, values[key]) for key in sort_keys(values)}, table, provenance)
+        vectors = {key: _vector(key, values[key]) for key in sort_keys(values.keys())}
+        super().__init__(vectors, table, provenance)
         if table is not None:
             self._fit(table)
 
@@ -373,6 +378,7 @@ class Scores(ByMatrix):
 
     # Selection
 
+    @well_typed
     def top(self, fraction: float | int) -> NeuronSet:
         """The `round(fraction * n)` neurons with the largest scores of all `n` scored ones, matrices taken
         together.
@@ -382,6 +388,7 @@ class Scores(ByMatrix):
         """
         return self.select(Selection(top=fraction))
 
+    @well_typed
     def count(self, k: int) -> NeuronSet:
         """Exactly `k` neurons with the largest scores, matrices taken together.
 
@@ -389,6 +396,7 @@ class Scores(ByMatrix):
         """
         return self.select(Selection(count=k))
 
+    @well_typed
     def top_per_matrix(self, k: int) -> NeuronSet:
         """The `k` neurons with the largest scores of every matrix; a smaller matrix is taken whole.
 
@@ -396,10 +404,12 @@ class Scores(ByMatrix):
         """
         return self.select(Selection(top_per_matrix=k))
 
+    @well_typed
     def threshold(self, eps: float | int) -> NeuronSet:
         """Every neuron whose score is at least `eps` (compared as float32)."""
         return self.select(Selection(threshold=eps))
 
+    @well_typed
     def top_units(self, k: int) -> NeuronSet:
         """The neurons of the `k` highest-scored distinct units: ranks are walked from the top until a further
         unit would be too many.
@@ -430,6 +440,7 @@ class Scores(ByMatrix):
         parts = np.split(chosen, np.cumsum([len(value) for _, value in self.items()])[:-1])
         return self.neurons({key: np.flatnonzero(part) for key, part in zip(self.keys(), parts, strict=True)})
 
+    @well_typed
     def select(self, selection: Selection) -> NeuronSet:
         """The neurons that a selection takes from these scores.
 
@@ -449,6 +460,7 @@ class Scores(ByMatrix):
         chosen.notes = tuple(said_of_zeros(self._vectors, members))
         return chosen
 
+    @well_typed
     def neurons(self, members: Mapping[str, Any], selection: Selection | None = None) -> NeuronSet:
         """The given members as a set that carries the provenance of these scores and, where given, the
         selection.
@@ -462,6 +474,7 @@ class Scores(ByMatrix):
             members, self.table, dataclasses.replace(self.provenance, kind="neurons", config=config)
         )
 
+    @well_typed
     def restrict(
         self, sites: Iterable[str] | None = None, layers: range | str | int | Iterable[int] | None = None
     ) -> "Scores":
@@ -483,6 +496,7 @@ class Scores(ByMatrix):
         }
         return Scores(values, self.table, dataclasses.replace(self.provenance, config=config))
 
+    @well_typed
     def rank_correlation(self, other: "Scores") -> float:
         """Spearman's rank correlation over the keys both have, ties given their mean rank.
 
@@ -527,7 +541,7 @@ class Scores(ByMatrix):
 
 
 def _vector(key: str, values: Any) -> np.ndarray:
-    array = np.asarray(values)
+    array = in_numpy(values)
     if array.ndim != 1 or array.dtype.kind not in "fiu":
         raise NeuronError(
             f"{key!r} holds {array.dtype} with shape {array.shape}, expected one axis of scores"

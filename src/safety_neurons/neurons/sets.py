@@ -15,6 +15,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 from jaxtyping import Bool, Int64
 
+from safety_neurons.arguments import well_typed
 from safety_neurons.counting import numbered
 from safety_neurons.errors import ForeignModelError, NeuronError, SafetyNeuronsError, UsageError
 from safety_neurons.neurons.table import (
@@ -260,6 +261,7 @@ class ByMatrix(abc.ABC):
         """Members of a set, or scored neurons."""
         return len(self)
 
+    @well_typed
     def check(self, table: SiteTable, models: Iterable[str] = ()) -> list[str]:
         """Whether this can be used on a model with this table; what should be said about it is returned.
 
@@ -295,6 +297,7 @@ class ByMatrix(abc.ABC):
     def _fit(self, table: SiteTable) -> None:
         """Refuse vectors that are not of this table's matrices."""
 
+    @well_typed
     def on(self: Kind, table: SiteTable, models: Iterable[str] = ()) -> Kind:
         """The same on a model with the given table, after `check`, whose findings are its `notes`."""
         notes = self.check(table, models)
@@ -302,11 +305,13 @@ class ByMatrix(abc.ABC):
         placed.notes = tuple(notes)
         return placed
 
+    @well_typed
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file in one step: a vector per key, provenance and site table in the header."""
         write_arrays(path, self._vectors, header(self.provenance, self.table))
 
     @classmethod
+    @well_typed
     def load(
         cls: type[Kind],
         path: str | os.PathLike[str],
@@ -359,6 +364,7 @@ class NeuronSet(ByMatrix):
 
     KIND = "neurons"
 
+    @well_typed
     def __init__(
         self, members: Mapping[str, Any], table: SiteTable | None = None, provenance: Provenance | None = None
     ) -> None:
@@ -373,7 +379,7 @@ class NeuronSet(ByMatrix):
             NeuronError: an unknown key, a negative index, something that is not an integer, or (with a table)
             an index out of range.
         """
-        cleaned = {key: _indices(key, members[key]) for key in sort_keys(members)}
+        cleaned = {key: _indices(key, members[key]) for key in sort_keys(members.keys())}
         super().__init__(
             {key: indices for key, indices in cleaned.items() if len(indices)}, table, provenance
         )
@@ -381,6 +387,7 @@ class NeuronSet(ByMatrix):
             self._fit(table)
 
     @staticmethod
+    @well_typed
     def all(table: SiteTable) -> "NeuronSet":
         """Every neuron of the table."""
         members = {key: np.arange(size, dtype=np.int64) for key, size in table.sizes.items()}
@@ -466,6 +473,7 @@ class NeuronSet(ByMatrix):
         )
         return NeuronSet(members, self.table or other.table, provenance)
 
+    @well_typed
     def only(
         self, sites: Iterable[str] | None = None, layers: range | str | int | Iterable[int] | None = None
     ) -> "NeuronSet":
@@ -546,6 +554,7 @@ class NeuronSet(ByMatrix):
         drawn = {name: int(self.provenance.config[name]) for name in ("seed", "number")}
         return {**drawn, "n_neurons": len(self), "n_units": self.n_units, "disjoint": self.disjoint}
 
+    @well_typed
     def random_like(self, seed: int, table: SiteTable | None = None, n: int = 1) -> list["NeuronSet"]:
         """`n` random sets made of what this set is made of; the same seed gives the same sets.
 
@@ -663,8 +672,18 @@ def _is_mask(vector: np.ndarray) -> bool:
     return whole and bool(np.isin(vector, (0, 1)).all())
 
 
+def in_numpy(values: Any) -> np.ndarray:
+    """A vector of numbers; a tensor of any device and type too: numpy has no bfloat16, and takes no tensor
+    with a gradient.
+    """
+    if hasattr(values, "detach"):
+        values = values.detach().cpu()
+        values = values.float() if values.is_floating_point() and values.element_size() < 4 else values
+    return np.asarray(values)
+
+
 def _indices(key: str, values: Any) -> np.ndarray:
-    array = np.asarray(values)
+    array = in_numpy(values)
     if array.size == 0:
         return _NOTHING
     if array.ndim != 1 or array.dtype.kind not in "iu":

@@ -17,6 +17,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from safety_neurons import strict_json
+from safety_neurons.arguments import fits
+from safety_neurons.declarations import listed
 from safety_neurons.errors import NeuronError, UsageError
 from safety_neurons.results import plain
 from safety_neurons.results.run import now, safetensors_bytes, write_bytes
@@ -315,10 +317,10 @@ def parse_key(key: str) -> Key:
     Raises:
         NeuronError: the text is not a key.
     """
-    match = _PATTERN.fullmatch(key)
+    match = _PATTERN.fullmatch(key) if isinstance(key, str) else None
     if match is None:
         raise NeuronError(
-            f"unknown key {key[:80]!r}; expected layers.N.SITE (also layers.N.experts.E.SITE or "
+            f"unknown key {str(key)[:80]!r}; expected layers.N.SITE (also layers.N.experts.E.SITE or "
             f"layers.N.shared_expert.SITE) with SITE one of {' '.join(SITES)}"
         )
     layer, expert, shared, site = match.groups()
@@ -342,7 +344,7 @@ def check_sites(sites: Iterable[str]) -> tuple[str, ...]:
     Raises:
         UsageError: a name is not a site.
     """
-    wanted = [sites] if isinstance(sites, str) else list(sites)
+    wanted = listed(sites) or ()
     unknown = [site for site in wanted if site not in SITES]
     if unknown:
         raise UsageError(f"unknown site {unknown[0]!r}; expected some of {' '.join(SITES)}")
@@ -365,7 +367,12 @@ def parse_layers(layers: "range | str | int | Iterable[int] | None", n_layers: i
         return tuple(range(n_layers))
     if isinstance(layers, str):
         return _layers_of_text(layers, n_layers)
-    wanted = sorted({layers} if isinstance(layers, int) else set(layers))
+    several = list(layers) if isinstance(layers, Iterable) and getattr(layers, "ndim", 1) else [layers]
+    if not all(fits(layer, int) for layer in several):
+        raise UsageError(
+            f"layers {layers!r}; expected A:B (B excluded), one number, or whole numbers in a list"
+        )
+    wanted = sorted({int(layer) for layer in several})
     outside = [layer for layer in wanted if not 0 <= layer < n_layers]
     if outside:
         raise UsageError(
@@ -448,7 +455,7 @@ class Provenance:
     """Fingerprint of the site table; empty in files made by hand."""
     prompts_sha256: str = ""
     """Hash of the prompt list, to the character."""
-    config: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """Options of the method, as JSON values; `sites` and `layers` are what was searched."""
     version: str = field(default_factory=_version)
     """Version of this package."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 from safety_neurons import strict_json
+from safety_neurons.arguments import well_typed
 from safety_neurons.counting import numbered
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.prompt_lists.classes import class_names, with_class_names
@@ -420,6 +421,7 @@ one after the other.
 """
 
 
+@well_typed
 def prompts(
     source: Source,
     *,

@@ -59,7 +59,7 @@ class Prompt:
     answer: str | None = None
     category: str | None = None
     language: str | None = None
-    meta: Mapping[str, Any] = field(default_factory=dict)
+    meta: Mapping[str, Any] = field(default_factory=dict, hash=False)
     group: str | None = None
 
     @property

@@ -14,6 +14,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from safety_neurons.arguments import well_typed
 from safety_neurons.display import DISPLAYS, DisplayPart, Finding, Tile, findings_of, part_of
 from safety_neurons.display.analyses import cards_of
 from safety_neurons.display.found import block, opened
@@ -27,6 +28,7 @@ from safety_neurons.results.run import SCHEMA, now
 from safety_neurons.strict_json import JsonObject
 
 
+@well_typed
 def read_runs(paths: Sequence[pathlib.Path | str]) -> list[ReportedRun]:
     """The runs, each once, in the order given.
 
@@ -421,6 +423,7 @@ def asked(runs: Sequence[ReportedRun]) -> list[Markup]:
 SCRIPTS = ("map.js", "completions.js")
 
 
+@well_typed
 def write_report(
     runs: Sequence[pathlib.Path | str], out: pathlib.Path | str, *, title: str = "Safety neurons"
 ) -> pathlib.Path:

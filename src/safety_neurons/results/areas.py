@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float64, Int
 
+from safety_neurons.arguments import well_typed
 from safety_neurons.errors import InputError
 from safety_neurons.results.estimates import (
     GroupLabels,
@@ -50,6 +51,7 @@ class AreaPart:
     groups: GroupLabels = None
 
 
+@well_typed
 def auroc(scores: Scores, unsafe: Labels, groups: GroupLabels = None) -> Rate:
     """Area under the ROC curve: the chance that an unsafe example scores above a safe one, ties counting
     half.
@@ -210,6 +212,7 @@ def _variance(
     return max(variance, 0.0), min(freedoms) + 1.0
 
 
+@well_typed
 def cohen_kappa(
     first: Outcomes,
     second: Outcomes,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, cast, overload
 
 from safety_neurons import strict_json
+from safety_neurons.arguments import well_typed
 from safety_neurons.counting import numbered
 from safety_neurons.errors import InputError, RunError
 from safety_neurons.prompt_lists import Message, Prompt, hanging_together, said_in
@@ -45,9 +46,9 @@ class Completion:
     arm: str = "untreated"
     """Which treatment the model was under."""
     seed: int = 0
-    verdicts: Mapping[str, Any] = field(default_factory=dict)
+    verdicts: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """By judge, its verdict as JSON values."""
-    meta: Mapping[str, Any] = field(default_factory=dict)
+    meta: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def turns(self) -> tuple[Message, ...]:
@@ -192,6 +193,7 @@ class Completions(Sequence[Completion]):
             self.dropped,
         )
 
+    @well_typed
     def save(self, path: PathLike) -> None:
         """Writes the file in one step.
 
@@ -200,6 +202,7 @@ class Completions(Sequence[Completion]):
         """
         write_bytes(path, _lines(self))
 
+    @well_typed
     def append(self, path: PathLike) -> None:
         """Adds these completions to a file, after cutting off a last line that a kill left unfinished.
 
@@ -222,6 +225,7 @@ class Completions(Sequence[Completion]):
             ) from error
 
     @staticmethod
+    @well_typed
     def load(path: PathLike) -> "Completions":
         """The completions in a JSON Lines file.
 

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from safety_neurons.errors import InputError
+from safety_neurons.arguments import well_typed
+from safety_neurons.errors import InputError, first_line
 from safety_neurons.results.records import COMPARED, LEVEL, Difference, Effect, Estimate, McNemar, Rate
 
 Outcomes = Sequence[bool | int | float | np.generic | None] | np.ndarray
@@ -43,6 +44,7 @@ _ENUMERATED = 12
 # Rates
 
 
+@well_typed
 def rate(outcomes: Outcomes, groups: GroupLabels = None) -> Rate:
     """The mean of the scored outcomes.
 
@@ -184,6 +186,7 @@ def perplexity(
 # Differences
 
 
+@well_typed
 def paired_difference(first: Outcomes, second: Outcomes, groups: GroupLabels = None) -> Difference:
     """The mean of first − second over the prompts both scored.
 
@@ -411,6 +414,7 @@ def captioned(words: str, table: Any, between: str = ". ") -> str:
 # Causal effects
 
 
+@well_typed
 def causal_effect(
     base: Outcomes, aligned: Outcomes, patched: Outcomes, measure: str = "refused", groups: GroupLabels = None
 ) -> Effect:
@@ -526,6 +530,7 @@ def _fieller(
 # McNemar's test
 
 
+@well_typed
 def mcnemar(first: Outcomes, second: Outcomes, groups: GroupLabels = None) -> McNemar | None:
     """The exact test (binomial, two-sided) on outcomes that are 0 or 1.
 
@@ -802,7 +807,13 @@ def scored(outcomes: Outcomes) -> Float[np.ndarray, " prompt"]:
     Raises:
         InputError: an outcome is infinite.
     """
-    values = np.array([math.nan if outcome is None else float(outcome) for outcome in outcomes], np.float64)
+    try:
+        values = np.array([math.nan if one is None else float(one) for one in outcomes], np.float64)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"outcomes are no numbers ({first_line(error)}); expected one a prompt, such as True, or None "
+            "for unscored"
+        ) from error
     if np.isinf(values).any():
         raise InputError(
             f"{int(np.isinf(values).sum())} of {len(values)} outcomes are infinite; expected numbers, or "

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safety_neurons.arguments import well_typed
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.results.run import PathLike
 
@@ -43,6 +44,7 @@ class Gate:
     achieved: bool = False
 
     @classmethod
+    @well_typed
     def load(cls, path: PathLike) -> "Gate":
         """The gate in a TOML file.
 
@@ -65,6 +67,7 @@ class Gate:
         return cls.of(entries, source.name)
 
     @classmethod
+    @well_typed
     def of(cls, entries: Mapping[str, Any], name: str = "gate") -> "Gate":
         """The gate of the entries of such a file.
 
@@ -130,6 +133,7 @@ class Gate:
         """Whether a threshold compares with another measurement."""
         return "capability_drop" in self.shares or any("drop" in entry for entry in self.capability.values())
 
+    @well_typed
     def check(self, result: Mapping[str, Any]) -> list[str]:
         """One line for every threshold that is not met; none where the gate is passed.
 

@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
+from safety_neurons.arguments import well_typed
 from safety_neurons.capability import divergence
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.interventions import abliterated, deactivated, refusal_directions
@@ -110,6 +111,7 @@ class Attack:
         return [name for kind, names in KINDS.items() if kind in self.kinds for name in names]
 
 
+@well_typed
 def stress(
     model: LanguageModel,
     sets: Sets,

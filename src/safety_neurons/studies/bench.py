@@ -13,6 +13,7 @@ import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypedDict, cast
 
+from safety_neurons.arguments import well_typed
 from safety_neurons.capability import divergence
 from safety_neurons.capability.measures import measure_perplexity
 from safety_neurons.counting import numbered
@@ -404,6 +405,7 @@ class ArmAnswers:
     broken: Sequence[bool]
 
 
+@well_typed
 @dataclasses.dataclass
 class Bench:
     """The requests that every arm answers, and how; `random` to `progress` as in `How`."""
@@ -671,6 +673,7 @@ class Contrasted:
     """The same for every random set."""
 
 
+@well_typed
 def contrast(
     treated: Verdicts,
     untreated: Verdicts,

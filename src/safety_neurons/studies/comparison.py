@@ -24,6 +24,7 @@ from typing import Any, TypedDict, Unpack, cast
 
 import numpy as np
 
+from safety_neurons.arguments import well_typed
 from safety_neurons.capability.measures import measure_perplexity
 from safety_neurons.detectors import find
 from safety_neurons.detectors.methods import METHODS, EarlyStop, Method, by_name, with_options
@@ -170,6 +171,7 @@ class Comparing(How, total=False):
     """For methods that average along a path: `methods.EarlyStop` (default 0, all points)."""
 
 
+@well_typed
 def compare(
     base: LanguageModel,
     aligned: LanguageModel,

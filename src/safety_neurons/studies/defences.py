@@ -16,6 +16,7 @@ import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from safety_neurons.arguments import well_typed
 from safety_neurons.errors import UsageError
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.adapters import is_adapted
@@ -125,6 +126,7 @@ def mixed(task: Prompts, others: Prompts, share: float) -> Prompts:
     return Prompts([*task, *added], f"{task.name} with {others.name}")
 
 
+@well_typed
 def defences(
     model: LanguageModel,
     sets: Sets,

@@ -17,6 +17,7 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
+from safety_neurons.arguments import well_typed
 from safety_neurons.capability import Measurement, Task, TaskSettings, checked
 from safety_neurons.capability import measure as measure_task
 from safety_neurons.capability.measures import asked_and_shown, cut, score_sums, sum_context
@@ -157,6 +158,7 @@ class Sources:
     """Requests of each suite."""
 
 
+@well_typed
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluating(Treated, Sources, Writing):
     """The keyword arguments of `evaluate`.
@@ -408,6 +410,7 @@ class Evaluation(Recorded[EvaluationRecord], Displayed):
         return None if self.missed is None else {"passed": self.passed, "missed": list(self.missed)}
 
 
+@well_typed
 def evaluate(
     model: LanguageModel | Endpoint,
     suites: Any = SUITES,

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from safety_neurons.arguments import well_typed
 from safety_neurons.counting import numbered
 from safety_neurons.detectors import find_importance
 from safety_neurons.display import Displayed
@@ -58,6 +59,7 @@ class Examination(Recorded[ExaminationRecord], Displayed):
         return all(check.passed is not False for check in self.checks)
 
 
+@well_typed
 def doctor(
     model: LanguageModel, *, seed: int = 0, n_sampled: int = 3, progress: Callable[[str], None] | None = None
 ) -> Examination:

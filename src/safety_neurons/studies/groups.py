@@ -13,6 +13,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
 
+from safety_neurons.arguments import well_typed
 from safety_neurons.capability import Measurement, Task, TaskSettings, checked, measure
 from safety_neurons.counting import numbered
 from safety_neurons.detectors.methods import METHODS, HowFound, by_name, with_options
@@ -148,6 +149,7 @@ class Groups:
         return Groups(kept)
 
 
+@well_typed
 def find_by_group(
     base: LanguageModel | None,
     aligned: LanguageModel,
@@ -361,6 +363,7 @@ class LanguageMatrix:
         }
 
 
+@well_typed
 def deactivation_matrix(
     model: LanguageModel, sets: Mapping[str, NeuronSet], harmful: Mapping[str, Prompts], **how: Unpack[How]
 ) -> LanguageMatrix:
@@ -478,6 +481,7 @@ class Transfer:
         return means
 
 
+@well_typed
 def ability_tasks(
     base: LanguageModel, tasks: Sequence[str], answers: Source | None, limit: int | None
 ) -> tuple[list[Task], TaskSettings, Prompts]:
@@ -491,6 +495,7 @@ def ability_tasks(
     return checked(tasks, settings), settings, questions
 
 
+@well_typed
 def transfer(
     base: LanguageModel,
     aligned: LanguageModel,

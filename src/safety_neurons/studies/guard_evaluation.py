@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float64, Int
 
+from safety_neurons.arguments import well_typed
 from safety_neurons.counting import numbered
 from safety_neurons.display import Displayed
 from safety_neurons.errors import InputError, UsageError
@@ -387,6 +388,7 @@ class GuardEvaluation(Displayed):
         return {**self.result, "curves": self.curves, "notes": list(self.notes)}
 
 
+@well_typed
 @dataclasses.dataclass(frozen=True)
 class GuardTests:
     """What a guard is held against, beside the labelled requests."""
@@ -461,6 +463,7 @@ class GuardTests:
         return Cases((*found.items, *items), (*found.notes, *fit.notes))
 
 
+@well_typed
 def evaluate_guard(
     model: LanguageModel,
     guard: Guard,

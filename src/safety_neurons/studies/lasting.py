@@ -28,6 +28,7 @@ from typing import Any, Literal, TypedDict
 import numpy as np
 import torch
 
+from safety_neurons.arguments import well_typed
 from safety_neurons.capability import perplexity
 from safety_neurons.counting import numbered
 from safety_neurons.detectors import find_attribution, find_importance
@@ -97,6 +98,7 @@ class Sets:
         return {**sizes, "shared": self.shared, "shared_share": self.shared / len(self.safety)}
 
 
+@well_typed
 def find_sets(
     model: LanguageModel,
     harmful: Source,
@@ -307,6 +309,7 @@ class Plan:
         }
 
 
+@well_typed
 def cut_short(model: LanguageModel, plan: Plan, lab: Lab) -> list[str]:
     """Notes on examples and requests of which the model learns or reads a part only.
 
@@ -321,6 +324,7 @@ def cut_short(model: LanguageModel, plan: Plan, lab: Lab) -> list[str]:
     return [*notes, *too_long(model, asked, lab.max_new_tokens or answer_length(model))]
 
 
+@well_typed
 def rsn(
     model: LanguageModel,
     sets: Sets,

@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from safety_neurons.arguments import well_typed
 from safety_neurons.counting import numbered
 from safety_neurons.display import Displayed
 from safety_neurons.errors import UsageError
@@ -158,6 +159,7 @@ def _over_organisms(first: Standing, second: Standing) -> DifferenceRecord:
     return (dataclasses.replace(found, why=why) if found.n < FEWEST_SEEDS else found).to_json()
 
 
+@well_typed
 def rank(
     organisms: Sequence[str | pathlib.Path],
     *,

@@ -10,6 +10,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
 
+from safety_neurons.arguments import well_typed
 from safety_neurons.counting import numbered
 from safety_neurons.display import Displayed
 from safety_neurons.errors import NeuronError, UsageError
@@ -75,6 +76,7 @@ class Scaling(Recorded[ScalingRecord], Displayed):
         return [control.control_record() for control in self.controls]
 
 
+@well_typed
 def verify_scale(
     model: LanguageModel,
     neurons: NeuronSet,

@@ -18,6 +18,7 @@ from typing import Any, Unpack
 import numpy as np
 
 from safety_neurons.analysis.overlap import Changes
+from safety_neurons.arguments import well_typed
 from safety_neurons.counting import numbered
 from safety_neurons.declarations import listed
 from safety_neurons.detectors.contrast import ContrastStatistics, contrast_statistics
@@ -67,6 +68,7 @@ class Trainings:
         return self.scores[first].top(top) & self.scores[second].top(top)
 
 
+@well_typed
 def read_trainings(
     before: LanguageModel,
     trained: Mapping[str, LanguageModel],
@@ -207,6 +209,7 @@ def _scores(
 MEASURES = ("answered", "taught", "ending:TEXT")
 
 
+@well_typed
 def helpfulness(name: str) -> Judging:
     """The measure of that name.
 
@@ -366,6 +369,7 @@ class CrossPatching(Displayed):
         return (self.bench.harmful if measure == "refused" else self.bench.harmless).groups
 
 
+@well_typed
 def cross_patch(
     models: Mapping[str, LanguageModel],
     neurons: NeuronSet,

@@ -14,6 +14,7 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from safety_neurons.arguments import well_typed
 from safety_neurons.display import Displayed
 from safety_neurons.judges import judge_refusal
 from safety_neurons.model import LanguageModel
@@ -141,6 +142,7 @@ class Tuning(Displayed):
         }
 
 
+@well_typed
 def tune(
     model: LanguageModel,
     neurons: NeuronSet,

@@ -21,9 +21,10 @@ from typing import Any, Unpack
 
 import numpy as np
 
+from safety_neurons.arguments import well_typed
 from safety_neurons.counting import numbered
 from safety_neurons.display import Displayed
-from safety_neurons.errors import MismatchError, NeuronError, UnsupportedModelError
+from safety_neurons.errors import MismatchError, NeuronError, UnsupportedModelError, UsageError
 from safety_neurons.interventions import deactivated, patched, rerouted
 from safety_neurons.interventions.by_row import SetTreatment
 from safety_neurons.model import LanguageModel
@@ -200,6 +201,7 @@ class Verification(Recorded[VerificationRecord], Displayed):
         return {**written, **self.limits.record()} if self.limits else written
 
 
+@well_typed
 def verify_deactivate(
     model: LanguageModel,
     neurons: NeuronSet | Scores,
@@ -262,6 +264,7 @@ def _random_units(members: NeuronSet, table: SiteTable, seed: int, n: int) -> li
     return members.random_like(seed, table=table, n=n)
 
 
+@well_typed
 def verify_patch(
     base: LanguageModel,
     aligned: LanguageModel,
@@ -331,6 +334,7 @@ class TwoSided(Recorded[TwoSidedRecord], Displayed):
         return self.patch.bench
 
 
+@well_typed
 def verify_both(
     base: LanguageModel,
     aligned: LanguageModel,
@@ -362,6 +366,10 @@ def _sets(
 ) -> list[tuple[float, NeuronSet]]:
     neurons.check(model.table, [model.name])
     if isinstance(neurons, Scores):
+        if not len(sizes):
+            raise UsageError(
+                "scores without --sizes; expected shares of the scored neurons, such as 0.01 and 0.05"
+            )
         return [(size, neurons.top(size)) for size in sorted(sizes)]
     if not len(neurons):
         raise NeuronError(
@@ -751,6 +759,7 @@ class Progressive(Displayed):
         return band
 
 
+@well_typed
 def progressive(
     model: LanguageModel,
     neurons: NeuronSet,

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from safety_neurons.arguments import well_typed
 from safety_neurons.declarations import Count, Positive
 from safety_neurons.detectors.attribution import SCORED_TOKENS, ScoredRow, explained, tokens_behind
 from safety_neurons.detectors.methods import ExplainedTexts
@@ -168,6 +169,7 @@ class CardSettings(ExplainedTexts):
     """Prompts per pass."""
 
 
+@well_typed
 def vocabulary(
     model: LanguageModel,
     neurons: Sequence[Neuron],
@@ -233,6 +235,7 @@ def vocabulary(
     return Cards(cards, log_odds, reference, odds.texts, notes)
 
 
+@well_typed
 def strongest(neurons: NeuronSet, scores: Scores | None, count: int, seed: int = 0) -> list[Neuron]:
     """The members with the largest scores; without scores some of them at random."""
     members = list(neurons)
@@ -245,6 +248,7 @@ def strongest(neurons: NeuronSet, scores: Scores | None, count: int, seed: int =
     return [members[place] for place in sorted(places.tolist())]
 
 
+@well_typed
 def with_cards(model: LanguageModel, neurons: NeuronSet) -> tuple[NeuronSet, list[str]]:
     """The members that have an activation at every token, and a note on those of routed experts, which have
     not.

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from safety_neurons import strict_json
+from safety_neurons.arguments import well_typed
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.prompt_lists import Message, Prompt, Prompts, normalised, prompts
 from safety_neurons.prompt_lists.columns import (
@@ -172,6 +173,7 @@ class Attacks(Sequence[AttackPrompt]):
         return import_attacks(path)
 
 
+@well_typed
 def import_attacks(
     path: str | Path,
     *,

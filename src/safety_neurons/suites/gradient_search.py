@@ -14,12 +14,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from safety_neurons.arguments import well_typed
 from safety_neurons.errors import InputError, ModelError, UsageError
 from safety_neurons.model import BatchSize, LanguageModel, forward, hooks, run_batches
 from safety_neurons.model.batches import Batch, collate, frozen
+from safety_neurons.model.language_model import Texts as Asked
 from safety_neurons.model.likelihood import widened
 from safety_neurons.model.passes import in_order
-from safety_neurons.prompt_lists import Prompt, Prompts
+from safety_neurons.prompt_lists import Prompt, as_prompts
 from safety_neurons.suites.attacks import DEFAULT_OPENING, AttackPrompt, Attacks
 
 _WORDS = ("!", "x", "*", "the")
@@ -207,6 +209,7 @@ SEARCHES = ("gradient", "random")
 AttackProgress = Callable[[int, int, int], None]
 
 
+@well_typed
 @dataclass(frozen=True)
 class SuffixSearch:
     """How a suffix is searched, and for how long.
@@ -248,9 +251,10 @@ class SuffixSearch:
         return cls(**settings)
 
 
+@well_typed
 def gcg(
     model: LanguageModel,
-    prompts: Prompts,
+    prompts: Asked,
     *,
     targets: Mapping[str, str] | None = None,
     done: Attacks | None = None,
@@ -289,12 +293,12 @@ def gcg(
         UsageError: An argument out of range, or a prompt that does not fit the context.
         ModelError: A tokenizer that does not give text back.
     """
-    how = SuffixSearch.of(settings)
+    how, asked = SuffixSearch.of(settings), as_prompts(prompts)
     allowed = printable_ids(model)
     before = {attack.meta.get("prompt_id"): attack for attack in done or ()}
     attacks: list[AttackPrompt] = []
     steps_done = 0
-    for number, prompt in enumerate(prompts, 1):
+    for number, prompt in enumerate(asked, 1):
         attack = before.get(prompt.id)
         if attack is None:
             hunt = _Hunt(model, prompt, _target(prompt, targets), how, allowed)
@@ -304,10 +308,8 @@ def gcg(
         steps_done += int(attack.meta.get("steps", 0))
         attacks.append(attack)
         if progress is not None:
-            progress(number, len(prompts), steps_done)
-    return Attacks(
-        attacks, f"{prompts.name} under {GCG if how.search == 'gradient' else RANDOM}", prompts.notes
-    )
+            progress(number, len(asked), steps_done)
+    return Attacks(attacks, f"{asked.name} under {GCG if how.search == 'gradient' else RANDOM}", asked.notes)
 
 
 class _Hunt:

@@ -12,8 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safety_neurons.arguments import well_typed
 from safety_neurons.errors import InputError, UsageError
-from safety_neurons.prompt_lists import Message, Prompt, Prompts, normalised, prompts, request_of
+from safety_neurons.prompt_lists import Message, Prompt, Prompts, as_prompts, normalised, prompts, request_of
+from safety_neurons.prompt_lists.readers import Source as Asked
 from safety_neurons.suites.attacks import DEFAULT_OPENING, STATIC
 
 if TYPE_CHECKING:
@@ -248,8 +250,9 @@ ATTACKS = (*MECHANICAL, "translation", "gcg")
 """Every attack by name; `direct` is none."""
 
 
+@well_typed
 def attack(
-    prompts: Prompts,
+    prompts: Asked,
     method: str,
     *,
     model: "LanguageModel | None" = None,
@@ -282,6 +285,7 @@ def attack(
         from safety_neurons.suites.gradient_search import gcg
 
         return gcg(model, prompts, **{**_effort(method), **options}).prompts
+    asked = as_prompts(prompts)
     if options:
         raise UsageError(f"attack {method!r} takes no {', '.join(options)}; leave them away")
     if method == "translation":
@@ -290,5 +294,5 @@ def attack(
                 "attack 'translation' needs the translations: expected pairs of request and translation; "
                 "pass pairs="
             )
-        return translated(prompts, pairs, language)
-    return wrapped(prompts, method)
+        return translated(asked, pairs, language)
+    return wrapped(asked, method)

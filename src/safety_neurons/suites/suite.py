@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from safety_neurons import strict_json
+from safety_neurons.arguments import well_typed
 from safety_neurons.counting import numbered
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.prompt_lists import Prompt, Prompts, prompts
@@ -498,6 +499,7 @@ class SuiteCheck:
         }
 
 
+@well_typed
 def suite(
     source: str | Path,
     *,
@@ -541,6 +543,7 @@ def suite(
     return opened if limit is None else dataclasses.replace(opened, prompts=_evenly(opened.prompts, limit))
 
 
+@well_typed
 def verify(
     source: str | Path, *, folder: str | Path | None = None, offline: bool = False, any_edition: bool = False
 ) -> SuiteCheck:
@@ -586,6 +589,7 @@ def verify(
     )
 
 
+@well_typed
 def catalogue() -> list[dict[str, Any]]:
     """What `data list` shows of every named suite: name, kind, licence, prompts, languages, parts, origin,
     page, expected hashes.

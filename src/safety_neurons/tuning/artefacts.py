@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from safety_neurons.arguments import well_typed
 from safety_neurons.counting import numbered
 from safety_neurons.errors import (
     MismatchError,
@@ -102,6 +103,7 @@ class Delta:
         return sum(tensor.numel() for tensor in self.tensors.values())
 
 
+@well_typed
 def delta_of(deltas: Deltas, method: str = "", config: Mapping[str, Any] | None = None) -> Delta:
     """The deltas of a model as they are now, to be kept after `detach`.
 
@@ -123,6 +125,7 @@ def delta_of(deltas: Deltas, method: str = "", config: Mapping[str, Any] | None 
 # Files
 
 
+@well_typed
 def save_delta(folder: PathLike, delta: Delta) -> None:
     """Writes `delta.safetensors` (the change and its members, one whole file) and `neurons.safetensors` (the
     set, for other verbs).
@@ -145,6 +148,7 @@ def save_delta(folder: PathLike, delta: Delta) -> None:
     delta.neurons.save(Path(folder) / FILE_NAME)
 
 
+@well_typed
 def load_delta(folder: PathLike) -> Delta:
     """The change in a folder (or in the file itself).
 
@@ -188,6 +192,7 @@ def load_delta(folder: PathLike) -> Delta:
 # Into the weights
 
 
+@well_typed
 def apply_delta(model: LanguageModel, delta: Delta, *, any_base: bool = False) -> None:
     """Adds the change to the weights of the model, in place: summed in float32 (or wider), rounded once to
     the weight's type.
@@ -210,6 +215,7 @@ def apply_delta(model: LanguageModel, delta: Delta, *, any_base: bool = False) -
             entries.write(summed(entries.read(), _change(delta, entries)))
 
 
+@well_typed
 @contextlib.contextmanager
 def applied(model: LanguageModel, delta: Delta, *, any_base: bool = False) -> Iterator[LanguageModel]:
     """`apply_delta` for a block; afterwards the rows and columns are what they were, bit for bit.
@@ -226,6 +232,7 @@ def applied(model: LanguageModel, delta: Delta, *, any_base: bool = False) -> It
             entries.write(values)
 
 
+@well_typed
 def survival(model: LanguageModel, delta: Delta, dtype: torch.dtype) -> float:
     """Share of the changed weights that are still other numbers than before once both are cast to a type.
 
@@ -251,6 +258,7 @@ def survival(model: LanguageModel, delta: Delta, dtype: torch.dtype) -> float:
 # Hashes
 
 
+@well_typed
 def base_hash(model: LanguageModel, neurons: NeuronSet) -> str:
     """Hash of the set's own rows and columns, as bfloat16, so that a copy of the same weights in another type
     has the same.
@@ -273,6 +281,7 @@ def base_hash(model: LanguageModel, neurons: NeuronSet) -> str:
     return digest.hexdigest()
 
 
+@well_typed
 def outside_hash(model: LanguageModel, neurons: NeuronSet) -> str:
     """Hash of every bit of the model outside the set: all parameters and stored buffers, without the set's
     rows and columns.
@@ -412,6 +421,7 @@ class Exported:
     notes: list[str] = field(default_factory=list)
 
 
+@well_typed
 def export_lora(
     folder: PathLike, model: LanguageModel, delta: Delta, *, vllm: bool = False, any_base: bool = False
 ) -> Exported:
@@ -467,6 +477,7 @@ def export_lora(
     return Exported(target, base, rank, None, notes)
 
 
+@well_typed
 def export_merged(
     folder: PathLike,
     model: LanguageModel,
@@ -509,6 +520,7 @@ def export_merged(
     return Exported(Path(folder), "", 0, survived, notes)
 
 
+@well_typed
 def merged_base(model: LanguageModel) -> LanguageModel:
     """A copy of a model with the adapters of this view merged into its weights.
 

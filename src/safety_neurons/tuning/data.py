@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from safety_neurons.arguments import well_typed
 from safety_neurons.errors import InputError, UsageError
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.batches import Batch
@@ -54,6 +55,7 @@ class Example:
         return len(self.ids) - self.start
 
 
+@well_typed
 def tuning_examples(
     prompts: Prompts,
     model: LanguageModel,
@@ -157,6 +159,7 @@ def end_ids(model: LanguageModel, written: Sequence[int]) -> list[int]:
     return [token for token in written if token in special] + last
 
 
+@well_typed
 def with_own_answers(
     prompts: Prompts,
     model: LanguageModel,
@@ -233,6 +236,7 @@ def text_examples(texts: Prompts, model: LanguageModel, *, max_length: int = MAX
     ]
 
 
+@well_typed
 def mix(harmful: Sequence[Example], others: Sequence[Example], share: float, seed: int = 0) -> list[Example]:
     """Harmful examples with others among them.
 

@@ -31,6 +31,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from safety_neurons.arguments import well_typed
 from safety_neurons.errors import NeuronError, UsageError
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.hooks import around, editing, reading
@@ -408,6 +409,7 @@ class _Call:
         return total.to(output.dtype).view(output.shape)
 
 
+@well_typed
 def attach(model: LanguageModel, neurons: NeuronSet) -> "Deltas":
     """Puts a trainable delta beside every projection that has members of the set, and freezes all other
     parameters.

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from safety_neurons.arguments import well_typed
 from safety_neurons.errors import MismatchError, NeuronError, UnsupportedModelError
 from safety_neurons.model import LanguageModel
 from safety_neurons.model.sites import (
@@ -431,6 +432,7 @@ class Protection:
             entries.write(values.to(entries.tensor.device))
 
 
+@well_typed
 @contextlib.contextmanager
 def protected(model: LanguageModel, neurons: NeuronSet) -> Iterator[Protection]:
     """Train everything but these neurons: inside the context the set stays bit-for-bit as it is, whatever
@@ -503,6 +505,7 @@ class Repair:
     rounded: int
 
 
+@well_typed
 def repair(model: LanguageModel, reference: LanguageModel, neurons: NeuronSet) -> Repair:
     """Put the set's rows, columns and bias entries back to what they are in the reference, in the model in
     memory.

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
+from safety_neurons.arguments import well_typed
 from safety_neurons.counting import numbered
 from safety_neurons.errors import InputError, NeuronError, RunError, UnsupportedModelError
 from safety_neurons.model import LanguageModel, ranks
@@ -509,6 +510,7 @@ class Tuned:
         return self.delta.neurons
 
 
+@well_typed
 @contextlib.contextmanager
 def beside(model: LanguageModel, delta: Delta) -> Iterator[LanguageModel]:
     """The model with a delta beside its weights for a block, whatever they are (quantised, adapted): the
@@ -521,6 +523,7 @@ def beside(model: LanguageModel, delta: Delta) -> Iterator[LanguageModel]:
         yield model
 
 
+@well_typed
 def tune(
     model: LanguageModel,
     neurons: NeuronSet,
@@ -741,6 +744,7 @@ _USUAL = 0.02
 """Root mean square of a weight where none can be read (quantised beyond reading, or off-loaded)."""
 
 
+@well_typed
 def learning_rates(
     model: LanguageModel, neurons: NeuronSet, learning_rate: float | str = "auto"
 ) -> dict[str, float]:
