@@ -26,7 +26,8 @@ ADVICE = {
 }
 """How to come by an object of a class, where another thing arrived."""
 _UNFIT = object()
-_INHERITED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+_OTHERS = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+_BY_NAME = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD)
 
 
 def well_typed(made: Made) -> Made:
@@ -45,7 +46,8 @@ def well_typed(made: Made) -> Made:
         return made
     function: Any = made
     parameters = inspect.signature(function).parameters
-    named = [name for name, one in parameters.items() if one.kind not in _INHERITED and name != "self"]
+    named = [name for name, one in parameters.items() if one.kind not in _OTHERS and name != "self"]
+    places = [name for name, one in parameters.items() if one.kind not in _BY_NAME]
     takes_any = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
 
     @functools.cache
@@ -54,15 +56,15 @@ def well_typed(made: Made) -> Made:
 
     @functools.wraps(function)
     def call(*args: Any, **options: Any) -> Any:
+        if args and not places:
+            return function(*args, **options)  # Python says that it takes none.
         unknown = next((name for name in options if name not in parameters), None)
         if unknown is not None and not takes_any:
             name = function.__qualname__.removesuffix(".__init__").rpartition(".")[2]
             raise UsageError(f"{name} has no option {unknown!r}; expected some of {', '.join(named)}")
         known = hints()
-        last = len(parameters) - 1
-        names = list(parameters)
         return function(
-            *(_held(names[min(place, last)], value, known) for place, value in enumerate(args)),
+            *(_held(places[min(place, len(places) - 1)], value, known) for place, value in enumerate(args)),
             **{name: _held(name, value, known) for name, value in options.items()},
         )
 
@@ -135,7 +137,7 @@ def _is_sequence(value: Any, parts: tuple[Any, ...]) -> bool:
     whole = typing.get_origin(element) or element
     if whole in (bool, int, float):
         return not isinstance(value, str)
-    if not isinstance(whole, type) or whole is str:
+    if not isinstance(whole, type) or whole in (str, types.UnionType):  # Of numbers there may be many.
         return True
     return all(fits(value[place], element) for place in range(len(value)))
 
