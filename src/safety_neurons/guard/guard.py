@@ -296,7 +296,6 @@ class Guard:
 
     # Thresholds
 
-    @well_typed
     def at(self, fpr: float) -> "Guard":
         """The guard at the operating point of a false-positive rate.
 
@@ -321,7 +320,6 @@ class Guard:
             self, threshold=point.threshold, in_force=f"{'' if self.confirmed else PROVISIONAL}fpr {fpr:g}"
         )
 
-    @well_typed
     def with_threshold(self, threshold: float) -> "Guard":
         """The guard with a threshold of one's own.
 
@@ -645,7 +643,6 @@ class Guard:
 
     # Files
 
-    @well_typed
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes `guard.safetensors` (neurons, weights, standardisation) and `guard.json` (everything else)
         into a folder.
