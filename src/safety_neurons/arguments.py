@@ -144,7 +144,7 @@ def _is_sequence(value: Any, parts: tuple[Any, ...]) -> bool:
 
 def _is_any_list(hint: Any) -> bool:
     """Whether an annotation takes whatever holds things in order, as that of prompts does."""
-    return collections.abc.Iterable in map(typing.get_origin, typing.get_args(hint))
+    return any(typing.get_origin(part) is collections.abc.Iterable for part in typing.get_args(hint))
 
 
 def _resolved(annotation: Any, function: Any) -> Any:
@@ -174,14 +174,14 @@ def in_words(hint: Any) -> list[str]:
         return [repr(part) for part in parts]
     if hint is None or hint is types.NoneType:
         return ["None"]
-    words = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
-    words |= {pathlib.Path: "a path", os.PathLike: "a path"}
+    words: dict[Any, str] = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
+    words |= dict.fromkeys((pathlib.Path, os.PathLike), "a path")
     kind: Any = origin or hint
     if kind is collections.abc.Sequence:
         return [f"a list of {' or '.join(in_words(parts[0]))}" if parts else "a list"]
     if kind in (collections.abc.Mapping, collections.abc.Callable):
         return ["a mapping" if kind is collections.abc.Mapping else "a function"]
-    return [words.get(kind) or getattr(kind, "__name__", str(kind))]
+    return [words.get(kind) or str(getattr(kind, "__name__", kind))]
 
 
 def _shown(value: Any) -> str:

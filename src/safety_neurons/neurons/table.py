@@ -344,7 +344,7 @@ def check_sites(sites: Iterable[str]) -> tuple[str, ...]:
     Raises:
         UsageError: a name is not a site.
     """
-    wanted = listed(sites) or ()
+    wanted = listed(sites if isinstance(sites, str) else tuple(sites)) or ()
     unknown = [site for site in wanted if site not in SITES]
     if unknown:
         raise UsageError(f"unknown site {unknown[0]!r}; expected some of {' '.join(SITES)}")
@@ -367,7 +367,9 @@ def parse_layers(layers: "range | str | int | Iterable[int] | None", n_layers: i
         return tuple(range(n_layers))
     if isinstance(layers, str):
         return _layers_of_text(layers, n_layers)
-    several = list(layers) if isinstance(layers, Iterable) and getattr(layers, "ndim", 1) else [layers]
+    # An array of no dimension is one number, though it has an iterator.
+    alone = not isinstance(layers, Iterable) or not getattr(layers, "shape", (1,))
+    several: list[Any] = [layers] if alone else list(layers)  # type: ignore[arg-type]
     if not all(fits(layer, int) for layer in several):
         raise UsageError(
             f"layers {layers!r}; expected A:B (B excluded), one number, or whole numbers in a list"
