@@ -9,11 +9,21 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
+from jaxtyping import Float64
 
 import safety_neurons as sn
+import type_checking
 from safety_neurons.arguments import fits, fitted, well_typed
 from safety_neurons.detectors import methods
 from safety_neurons.errors import InputError, SafetyNeuronsError, UsageError
+
+
+@pytest.fixture(autouse=True)
+def unchecked(monkeypatch):
+    """Without the suite's own check, which would refuse first what a user gives."""
+    monkeypatch.setattr(type_checking, "CALLS", 0)
+    type_checking.begin_test()
+
 
 FUNCTIONS = [name for name in sn.__all__ if name[0].islower() and name != "demo"]
 
@@ -71,6 +81,7 @@ def test_advice_names_classes_that_there_are():
         ("auto", int | Literal["auto"], "auto"),
         ("a/b", pathlib.Path | None, pathlib.Path("a/b")),
         ("a/b", str | pathlib.Path, "a/b"),
+        ([0.5], Float64[np.ndarray, " prompt"], [0.5]),
     ],
 )
 def test_numbers_and_paths_come_in_as_pythons(value, hint, taken):
@@ -95,6 +106,7 @@ def test_numbers_and_paths_come_in_as_pythons(value, hint, taken):
         ("text", collections.abc.Sequence[int]),
         (["text"], collections.abc.Sequence[sn.NeuronSet]),
         ([1], collections.abc.Mapping[str, int]),
+        (0.5, Float64[np.ndarray, " prompt"]),
     ],
 )
 def test_what_is_of_another_kind_does_not_fit(value, hint):

@@ -105,6 +105,8 @@ def fitted(value: Any, hint: Any) -> Any:
         return _number(value, hint)
     if hint is pathlib.Path:
         return pathlib.Path(value) if isinstance(value, str | os.PathLike) else _UNFIT
+    if hasattr(hint, "array_type"):  # of jaxtyping, whose axes are those of the call that is under way
+        return value if hasattr(value, "__len__") and not isinstance(value, str) else _UNFIT
     kind = origin or hint
     if not isinstance(kind, type):
         return value
@@ -174,6 +176,8 @@ def in_words(hint: Any) -> list[str]:
         return [repr(part) for part in parts]
     if hint is None or hint is types.NoneType:
         return ["None"]
+    if hasattr(hint, "array_type"):
+        return ["an array"]
     words: dict[Any, str] = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
     words |= dict.fromkeys((pathlib.Path, os.PathLike), "a path")
     kind: Any = origin or hint
